@@ -1,0 +1,53 @@
+"""Darkroom: latent diffusion models, end to end.
+
+Names are resolved on first use, so that `import darkroom` costs milliseconds and torch is only imported when needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from darkroom.conditioning.types import Conditioning as Conditioning
+    from darkroom.denoiser import Denoiser as Denoiser
+    from darkroom.diffusion.levels import NoiseLevel as NoiseLevel
+    from darkroom.errors import DarkroomError as DarkroomError
+    from darkroom.first_stage.first_stage import FirstStage as FirstStage
+    from darkroom.guidance import Guided as Guided
+    from darkroom.latent_diffusion import LatentDiffusion as LatentDiffusion
+    from darkroom.latent_diffusion import Request as Request
+    from darkroom.latent_diffusion import Result as Result
+    from darkroom.model_io import bundled as bundled
+    from darkroom.model_io import load as load
+    from darkroom.train import train as train
+
+_HOME = {
+    "Conditioning": "darkroom.conditioning.types",
+    "Denoiser": "darkroom.denoiser",
+    "DarkroomError": "darkroom.errors",
+    "FirstStage": "darkroom.first_stage.first_stage",
+    "Guided": "darkroom.guidance",
+    "LatentDiffusion": "darkroom.latent_diffusion",
+    "NoiseLevel": "darkroom.diffusion.levels",
+    "Request": "darkroom.latent_diffusion",
+    "Result": "darkroom.latent_diffusion",
+    "bundled": "darkroom.model_io",
+    "load": "darkroom.model_io",
+    "train": "darkroom.train",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'darkroom' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
