@@ -1,0 +1,326 @@
+"""The time-conditional U-Net of the paper (Rombach et al. 2022, App. E.2), also that of Stable Diffusion 1 and 2.
+
+The names of parameters are the official ones (`input_blocks.0.0.weight`, ...): official weights load with strict=True.
+Names of options are the official ones too, so that a published config can be compared line by line.
+
+Shapes: B batch, C channels, H W latent size, L context tokens, D context width, E embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from darkroom.errors import DarkroomError
+from darkroom.networks.blocks import (
+    AttentionBlock,
+    CrossAttention,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+    zero_module,
+)
+
+
+class Slots(Protocol):
+    """What this network reads of a `Conditioning`: see `darkroom.conditioning.types`."""
+
+    @property
+    def context(self) -> Tensor | None: ...
+    @property
+    def context_mask(self) -> Tensor | None: ...
+    @property
+    def vector(self) -> Tensor | None: ...
+    @property
+    def concat(self) -> Tensor | None: ...
+    @property
+    def label(self) -> Tensor | None: ...
+
+
+@dataclass
+class UNetConfig:
+    """Sizes and options of `UNet`.
+
+    in_channels:            channels of the latent plus those of the `concat` slot
+    out_channels:           channels of the prediction
+    model_channels:         width of the first level; level i has model_channels * channel_mult[i]
+    num_res_blocks:         residual blocks per level, one number or one per level
+    attention_resolutions:  downsampling factors (1, 2, 4, ...) whose levels have attention; the middle always has it
+    num_heads:              attention heads, or
+    num_head_channels:      channels per head (wins over num_heads). With neither: 32 channels per head
+    num_heads_upsample:     another number of heads in the decoder half; only for plain attention and num_heads
+    use_spatial_transformer: transformer blocks with cross-attention to the `context` slot instead of plain attention
+    transformer_depth:      transformer blocks per spatial transformer, one number or one per level
+    context_dim:            width of the context; None: the second attention is self-attention too
+    num_classes:            number of classes of the `label` slot (the null class counts), or how the `vector` slot
+                            is embedded: "sequential" (two layers from adm_in_channels) or "continuous" (one number)
+    adm_in_channels:        width of the `vector` slot
+    use_linear_in_transformer: SD 2 stores the transformer's projections as linear layers
+    use_scale_shift_norm:   the embedding scales and shifts the second norm of a ResBlock instead of being added
+    resblock_updown:        change resolution in residual blocks instead of single convolutions
+    conv_resample:          with a convolution, or by plain averaging and repeating
+    use_new_attention_order: order of rows in the weights of plain attention; see AttentionBlock
+    legacy:                 the official switch for how head widths follow; False in Stable Diffusion
+    disable_self_attentions: per level: the first attention reads the context too (x4 upscaler of SD 2)
+    use_checkpoint:         compute activations twice to save memory in training
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int | tuple[int, ...] = 2
+    attention_resolutions: tuple[int, ...] = (2, 4)
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    num_heads_upsample: int | None = None
+    use_spatial_transformer: bool = False
+    transformer_depth: int | tuple[int, ...] = 1
+    context_dim: int | None = None
+    num_classes: int | str | None = None
+    adm_in_channels: int | None = None
+    use_linear_in_transformer: bool = False
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    conv_resample: bool = True
+    use_new_attention_order: bool = False
+    legacy: bool = True
+    disable_self_attentions: tuple[bool, ...] | None = None
+    disable_middle_self_attn: bool = False
+    dropout: float = 0.0
+    use_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        self.channel_mult = tuple(self.channel_mult)
+        self.attention_resolutions = tuple(self.attention_resolutions)
+        levels = len(self.channel_mult)
+        # Official configs write "not given" as -1.
+        for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
+            if getattr(self, name) == -1:
+                setattr(self, name, None)
+        for name in ("num_res_blocks", "transformer_depth", "disable_self_attentions"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, int):
+                continue
+            setattr(self, name, tuple(value))
+            if len(value) != levels:
+                raise DarkroomError(
+                    f"unet: {name} has {len(value)} entries for {levels} levels of channel_mult; give one per level"
+                )
+        if self.context_dim is not None and not self.use_spatial_transformer:
+            raise DarkroomError("unet: context_dim is set but nothing reads it; set use_spatial_transformer: true")
+        if isinstance(self.num_classes, str) and self.num_classes not in ("sequential", "continuous"):
+            raise DarkroomError(
+                f"unet: num_classes is {self.num_classes!r}; use a number, 'sequential', 'continuous' or nothing"
+            )
+        if self.num_classes == "sequential" and self.adm_in_channels is None:
+            raise DarkroomError("unet: num_classes 'sequential' needs adm_in_channels, the width of the vector")
+        if not self.channel_mult or self.model_channels < 1:
+            raise DarkroomError("unet: model_channels and channel_mult must describe at least one level of one channel")
+
+    def res_blocks(self, level: int) -> int:
+        return self.num_res_blocks if isinstance(self.num_res_blocks, int) else self.num_res_blocks[level]
+
+    def depth(self, level: int) -> int:
+        return self.transformer_depth if isinstance(self.transformer_depth, int) else self.transformer_depth[level]
+
+    def self_attention(self, level: int) -> bool:
+        return self.disable_self_attentions is None or not self.disable_self_attentions[level]
+
+    def heads(self, channels: int, decoder: bool) -> tuple[int, int]:
+        """Number and width of the heads at a level, by the rules of the official code."""
+        upsample = self.num_heads_upsample if decoder and self.legacy and not self.use_spatial_transformer else None
+        if self.num_head_channels is not None or self.num_heads is None:
+            width = self.num_head_channels or min(32, channels)
+            number = channels // width
+        else:
+            number = upsample or self.num_heads
+            width = channels // number
+        if number < 1 or width < 1 or number * width != channels:
+            raise DarkroomError(
+                f"unet: {channels} channels cannot be split into heads (num_heads={self.num_heads}, "
+                f"num_head_channels={self.num_head_channels}); choose a divisor of {channels}"
+            )
+        return number, width
+
+
+class Stage(nn.ModuleList):
+    """Layers in a row, each given what it reads."""
+
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, size)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context, mask)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+def _embedding_mlp(width: int, out_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, out_width), nn.SiLU(), nn.Linear(out_width, out_width))
+
+
+class UNet(nn.Module):
+    """`network(x, time, conditioning) -> raw prediction`, (B, C_in, H, W) -> (B, C_out, H, W).
+
+    Slots: `context` and `context_mask` for the spatial transformers; `concat` is joined to x (or x carries all channels
+    already); `label` and `vector` are embedded and added to the time embedding.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        width = c.model_channels
+        emb = 4 * width
+        self.time_embed = _embedding_mlp(width, emb)
+        # One name for either kind in the official code; `vector_emb` is ours, for a label and a vector at once.
+        self.label_emb: nn.Module | None = None
+        self.vector_emb: nn.Module | None = None
+        if c.num_classes == "continuous":
+            self.label_emb = nn.Linear(1, emb)
+        elif c.num_classes == "sequential":
+            assert c.adm_in_channels is not None
+            self.label_emb = nn.Sequential(_embedding_mlp(c.adm_in_channels, emb))
+        elif c.num_classes is not None:
+            self.label_emb = nn.Embedding(int(c.num_classes), emb)
+        if c.adm_in_channels is not None and c.num_classes != "sequential":
+            self.vector_emb = _embedding_mlp(c.adm_in_channels, emb)
+
+        def res(channels: int, out_channels: int | None = None, up: bool = False, down: bool = False) -> ResBlock:
+            return ResBlock(
+                channels, emb, c.dropout, out_channels, c.use_scale_shift_norm, up, down, c.use_checkpoint
+            )
+
+        def attention(channels: int, level: int, decoder: bool, self_attention: bool) -> nn.Module:
+            heads, head_width = c.heads(channels, decoder)
+            if not c.use_spatial_transformer:
+                return AttentionBlock(channels, heads, c.use_new_attention_order, c.use_checkpoint)
+            return SpatialTransformer(
+                channels,
+                heads,
+                head_width,
+                c.depth(level),
+                c.context_dim,
+                use_linear=c.use_linear_in_transformer,
+                self_attention=self_attention,
+                use_checkpoint=c.use_checkpoint,
+            )
+
+        levels = len(c.channel_mult)
+        channels = width
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
+        skips = [width]
+        for level, mult in enumerate(c.channel_mult):
+            for _ in range(c.res_blocks(level)):
+                stage = Stage([res(channels, mult * width)])
+                channels = mult * width
+                if 2**level in c.attention_resolutions:
+                    stage.append(attention(channels, level, False, c.self_attention(level)))
+                self.input_blocks.append(stage)
+                skips.append(channels)
+            if level < levels - 1:
+                down = res(channels, down=True) if c.resblock_updown else Downsample(channels, c.conv_resample)
+                self.input_blocks.append(Stage([down]))
+                skips.append(channels)
+
+        middle = attention(channels, levels - 1, False, not c.disable_middle_self_attn)
+        self.middle_block = Stage([res(channels), middle, res(channels)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(c.channel_mult))):
+            for i in range(c.res_blocks(level) + 1):
+                stage = Stage([res(channels + skips.pop(), mult * width)])
+                channels = mult * width
+                if 2**level in c.attention_resolutions:
+                    stage.append(attention(channels, level, True, c.self_attention(level)))
+                if level and i == c.res_blocks(level):
+                    stage.append(res(channels, up=True) if c.resblock_updown else Upsample(channels, c.conv_resample))
+                self.output_blocks.append(stage)
+
+        self.out = nn.Sequential(
+            group_norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, c.out_channels, 3, padding=1))
+        )
+        # Without a context each attention reads its own input, which only works where the widths agree.
+        attentions = [m for m in self.modules() if isinstance(m, CrossAttention)]
+        self.needs_context = any(m.to_k.in_features != m.to_q.in_features for m in attentions)
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Slots | None = None) -> Tensor:
+        """x (B, C, H, W), time (B,) in the network's own units (0..T-1 for a table of T steps), any real number.
+
+        The result has the dtype of x whatever the precision of the weights.
+        """
+        dtype = self.time_embed[0].weight.dtype
+        context = mask = None
+        h = x
+        if conditioning is not None:
+            if conditioning.concat is not None:
+                h = torch.cat([x, conditioning.concat.to(x.dtype)], dim=1)
+            context, mask = conditioning.context, conditioning.context_mask
+        self._check(h, context)
+        if context is not None:
+            context = context.to(dtype)
+        emb = self._embed(time, conditioning, dtype)
+
+        # Layers keep this layout from here on.
+        h = h.to(dtype).contiguous(memory_format=torch.channels_last)
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, emb, context, mask)
+            skips.append(h)
+        h = self.middle_block(h, emb, context, mask)
+        # Each stage also learns the size of the skip that its result will be joined to: odd sizes survive that way.
+        sizes = [(s.shape[2], s.shape[3]) for s in reversed(skips)]
+        following: list[tuple[int, int] | None] = [*(b for _, b in pairwise(sizes)), None]
+        for stage, size in zip(self.output_blocks, following, strict=True):
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context, mask, size)
+        return self.out(h).to(x.dtype)
+
+    def _embed(self, time: Tensor, conditioning: Slots | None, dtype: torch.dtype) -> Tensor:
+        """(B,) time and the label and vector slots -> (B, E)."""
+        label = None if conditioning is None else conditioning.label
+        vector = None if conditioning is None else conditioning.vector
+        takes_label = isinstance(self.config.num_classes, int)
+        vector_emb = self.vector_emb if takes_label or self.label_emb is None else self.label_emb
+        for name, value, taken in (("label", label, takes_label), ("vector", vector, vector_emb is not None)):
+            if (value is not None) != taken:
+                verb = "needs" if taken else "does not read"
+                cure = "num_classes" if name == "label" else "adm_in_channels"
+                raise DarkroomError(f"unet: this network {verb} the conditioning slot {name!r}; see its option {cure}")
+        emb = self.time_embed(timestep_embedding(time, self.config.model_channels).to(dtype))
+        if label is not None:
+            assert self.label_emb is not None
+            emb = emb + self.label_emb(label)
+        if vector is not None:
+            assert vector_emb is not None
+            emb = emb + vector_emb(vector.to(dtype))
+        return emb
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        c = self.config
+        if x.shape[1] != c.in_channels:
+            raise DarkroomError(
+                f"unet: the input has {x.shape[1]} channels with the concat slot joined, but this network takes "
+                f"{c.in_channels}; give the right latent and concat maps"
+            )
+        if context is not None and not c.use_spatial_transformer:
+            raise DarkroomError("unet: this network has no cross-attention; set use_spatial_transformer for a context")
+        if context is None and self.needs_context:
+            raise DarkroomError("unet: this network needs a context (B, L, D); give the conditioning slot 'context'")
