@@ -1,0 +1,103 @@
+"""`Denoiser`: a network, its schedule and what it predicts, seen as one function (x, level, conditioning) -> x0.
+
+It is the only class that knows a prediction type; solvers, guidance and losses see x0.
+Shapes: B batch, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from darkroom.conditioning.types import Conditioning
+from darkroom.diffusion.levels import NoiseLevel
+from darkroom.diffusion.prediction import (
+    PREDICTION_TYPES,
+    TARGETS,
+    X0_FROM_RAW,
+    edm_scalings,
+    edm_target,
+    x0_from_edm,
+)
+from darkroom.diffusion.schedules import NoiseSchedule
+from darkroom.errors import DarkroomError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """raw: what the network said; x0: the clean estimate it means; both (B, C, H, W).
+    log_variance: of the reverse step, for networks that predict it."""
+
+    raw: Tensor
+    x0: Tensor
+    log_variance: Tensor | None = None
+
+
+def _working(x: Tensor) -> Tensor:
+    """Conversions divide by small numbers: half precision is widened, float64 is kept."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Denoiser(nn.Module):
+    """The preconditioned network.
+
+    network(x (B, C, H, W), time (B,), conditioning) -> raw (B, C, H, W); with `edm` it is given c_in*x.
+    `time` is level.time: 0..T-1 for DDPM tables, T*sigma for flows, log(sigma)/4 (c_noise) for EDM.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        prediction_type: str = "epsilon",
+        sigma_data: float | None = None,
+    ) -> None:
+        """sigma_data: for `edm`; taken from the schedule's config unless given."""
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise DarkroomError(
+                f"unknown prediction type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}"
+            )
+        if prediction_type == "epsilon" and float(schedule.level(schedule.time_range[1]).alpha) == 0:
+            raise DarkroomError(
+                "prediction type 'epsilon' is undefined on a schedule that ends in pure noise (zero terminal SNR, "
+                "flow); use 'v', 'velocity' or 'x0'"
+            )
+        self.network = network
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.sigma_data = schedule.config.sigma_data if sigma_data is None else sigma_data
+
+    def forward(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning | None = None) -> Tensor:
+        """(B, C, H, W) -> the clean estimate x0 (B, C, H, W)."""
+        return self.predict(x, level, conditioning).x0
+
+    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning | None = None) -> Prediction:
+        """The raw output (in float32) and the clean estimate."""
+        x = _working(x)
+        network_input = x
+        if self.prediction_type == "edm":
+            network_input = edm_scalings(level.like(x), self.sigma_data)[2] * x
+        # The time is cast before it is moved: some devices have no float64.
+        time = replace(level, time=level.time.to(x.dtype)).like(x).time
+        parameter = next(self.network.parameters(), None)
+        if parameter is not None and parameter.dtype != x.dtype:
+            network_input = network_input.to(parameter.dtype)
+            conditioning = None if conditioning is None else conditioning.to(dtype=parameter.dtype)
+        raw = self.network(network_input, time, conditioning).to(x.dtype)
+        return Prediction(raw, self.x0_from_raw(raw, x, level))
+
+    def x0_from_raw(self, raw: Tensor, x: Tensor, level: NoiseLevel) -> Tensor:
+        """The clean estimate that a raw output means at x; guidance combines raw outputs and converts once."""
+        x, raw = _working(x), _working(raw)
+        if self.prediction_type == "edm":
+            return x0_from_edm(x, raw, level, self.sigma_data)
+        return X0_FROM_RAW[self.prediction_type](x, raw, level)
+
+    def target(self, x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """The raw output that would be exactly right, (B, C, H, W)."""
+        if self.prediction_type == "edm":
+            return edm_target(x0, noise, level, self.sigma_data)
+        return TARGETS[self.prediction_type](x0, noise, level)

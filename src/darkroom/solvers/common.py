@@ -1,0 +1,52 @@
+"""What all solvers share: their types and the one exact step.
+
+Shapes: x, x0 (B, ...); levels are scalars, so their numbers are Python floats in float64 and x keeps its own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from darkroom.diffusion.grids import Grid
+from darkroom.diffusion.levels import NoiseLevel
+
+Denoise = Callable[[Tensor, NoiseLevel], Tensor]
+"""(x, level) -> x0."""
+
+Noise = Callable[[int], Tensor]
+"""i-th random draw of each image, standard normal with the shape of x."""
+
+Callback = Callable[[int, NoiseLevel, Tensor, Tensor], None]
+"""Called once per step with (solver_step, level, x at that level, x0 estimate there)."""
+
+
+class Solver(Protocol):
+    """solver(denoise, x, grid, noise, *, callback, **options): x at grid[0] -> x at grid[-1]."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise | None = None, *, callback: Callback | None = None
+    ) -> Tensor: ...
+
+
+def step_towards(x: Tensor, x0: Tensor, here: NoiseLevel, there: NoiseLevel, sigma_next: float | None = None) -> Tensor:
+    """x' = (s'/s) x + (a' - a s'/s) x0: move to `there` with the noise estimate of x and x0; exact if x0 were constant.
+
+    Finite at alpha = 0 (start) and at s' = 0 (end). `sigma_next` replaces s' where fresh noise will fill the rest.
+    """
+    ratio = (float(there.sigma) if sigma_next is None else sigma_next) / float(here.sigma)
+    return ratio * x + (float(there.alpha) - float(here.alpha) * ratio) * x0
+
+
+def transition_variance(here: NoiseLevel, there: NoiseLevel) -> float:
+    """var(x at `here` | x at the cleaner `there`) = sigma^2 - (alpha/alpha')^2 sigma'^2; Kingma et al. 2021, eq. 20.
+
+    The general form of the table's beta = 1 - alphas_cumprod / alphas_cumprod_prev.
+    """
+    alpha_next = float(there.alpha)
+    if alpha_next == 0:
+        return 0.0
+    ratio = float(here.alpha) / alpha_next
+    return max(float(here.sigma) ** 2 - (ratio * float(there.sigma)) ** 2, 0.0)
