@@ -6,7 +6,8 @@ Shapes: B batch, C channels, H W latent size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,19 @@ from darkroom.diffusion.prediction import (
     edm_target,
     x0_from_edm,
 )
-from darkroom.diffusion.schedules import NoiseSchedule
+from darkroom.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from darkroom.errors import DarkroomError
+from darkroom.networks.unet import UNetConfig
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Everything a denoiser is built from. sigma_data None: the schedule's own."""
+
+    network: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction_type: Literal["epsilon", "x0", "v", "velocity", "edm"] = "epsilon"
+    sigma_data: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Configs -> objects. Constructions only; what a config may say is in the dataclass beside what it configures.
+
+Every part remembers the plain dict it was built from as `part.config_dict`, which is what a model folder stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from darkroom.conditioning.conditioner import Conditioner
+from darkroom.conditioning.encoders import (
+    ClassEncoder,
+    ClassEncoderConfig,
+    ConditionEncoder,
+    TextEncoder,
+    TextEncoderConfig,
+)
+from darkroom.conditioning.tokenizer import WordPieceTokenizer
+from darkroom.config import from_dict, nearest, to_dict
+from darkroom.denoiser import Denoiser, DenoiserConfig
+from darkroom.diffusion.schedules import make_schedule
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.networks.text import TextTransformer, TextTransformerConfig
+from darkroom.networks.unet import UNet
+
+ENCODERS: dict[str, type[ClassEncoderConfig] | type[TextEncoderConfig]] = {
+    "class": ClassEncoderConfig,
+    "text": TextEncoderConfig,
+}
+
+
+def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
+    """An untrained first stage (shift 0, scale 1) from the dict form of `AutoencoderConfig`."""
+    autoencoder_config = from_dict(AutoencoderConfig, {k: v for k, v in config.items() if k != "kind"}, "first_stage")
+    first_stage = FirstStage(Autoencoder(autoencoder_config))
+    first_stage.config_dict = {"kind": "kl", **to_dict(autoencoder_config)}  # type: ignore[assignment]
+    return first_stage
+
+
+def build_denoiser(config: Mapping[str, Any]) -> Denoiser:
+    """A denoiser from the dict form of `DenoiserConfig`."""
+    denoiser_config = from_dict(DenoiserConfig, config, "denoiser")
+    network = UNet(denoiser_config.network)
+    denoiser = Denoiser(
+        network, make_schedule(denoiser_config.schedule), denoiser_config.prediction_type, denoiser_config.sigma_data
+    )
+    denoiser.config_dict = to_dict(denoiser_config)  # type: ignore[assignment]
+    return denoiser
+
+
+def build_encoder(config: ClassEncoderConfig | TextEncoderConfig, tokenizer: WordPieceTokenizer | None) -> ConditionEncoder:
+    """One condition encoder; text needs its tokenizer."""
+    if isinstance(config, ClassEncoderConfig):
+        return ClassEncoder(config)
+    if tokenizer is None:
+        raise DarkroomError("a text encoder needs its tokenizer: train it on captions, or keep it in the model's config")
+    tower = TextTransformer(
+        TextTransformerConfig(
+            vocabulary_size=tokenizer.vocabulary_size,
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            head_width=config.head_width,
+            length=config.length,
+        )
+    )
+    return TextEncoder(config, tower, tokenizer)
+
+
+def build_conditioner(config: Mapping[str, Any]) -> Conditioner:
+    """A conditioner from {"encoders": {name: encoder config, for text with its "tokenizer"}}."""
+    unknown = set(config) - {"encoders"}
+    if unknown:
+        raise DarkroomError(f'unknown key "conditioner.{min(unknown)}"{nearest(min(unknown), ["encoders"])}')
+    encoders: dict[str, ConditionEncoder] = {}
+    for name, entry in config.get("encoders", {}).items():
+        entry = dict(entry)
+        tokenizer = WordPieceTokenizer.from_json(entry.pop("tokenizer")) if "tokenizer" in entry else None
+        kind = entry.get("kind")
+        if kind not in ENCODERS:
+            raise DarkroomError(f'"conditioner.{name}.kind" is {kind!r}{nearest(str(kind), ENCODERS)}')
+        encoders[name] = build_encoder(from_dict(ENCODERS[kind], entry, f"conditioner.{name}"), tokenizer)
+    conditioner = Conditioner(encoders)
+    conditioner.config_dict = dict(config)  # type: ignore[assignment]
+    return conditioner
+
+
+def conditioner_config(
+    encoders: Mapping[str, ClassEncoderConfig | TextEncoderConfig],
+    class_names: Sequence[str] | None,
+    captions: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The complete conditioner config of a recipe on given data: class names from the data where the recipe names none,
+    tokenizer trained on the captions."""
+    result: dict[str, Any] = {}
+    for name, config in encoders.items():
+        entry = to_dict(config)
+        if isinstance(config, ClassEncoderConfig) and not config.classes:
+            if not class_names:
+                raise DarkroomError(f'"conditioner.{name}" needs classes, but the data has none: use class folders or .cls')
+            entry["classes"] = list(class_names)
+        if isinstance(config, TextEncoderConfig):
+            if not captions:
+                raise DarkroomError(
+                    f'"conditioner.{name}" needs captions, but the data has none: add metadata.jsonl or .txt files'
+                )
+            entry["tokenizer"] = WordPieceTokenizer.train(captions, config.vocabulary_size).to_json()
+        result[name] = entry
+    return {"encoders": result}
+
+
+def denoiser_config(
+    config: DenoiserConfig, stated: Mapping[str, Any], latent_channels: int, conditioner: Conditioner
+) -> dict[str, Any]:
+    """The recipe's denoiser with every derived width filled in.
+
+    `stated` is the recipe's own `denoiser.network` mapping: a width that it states and that differs is an error.
+    """
+    derived: dict[str, Any] = {
+        "in_channels": latent_channels,
+        "out_channels": latent_channels,
+        "context_dim": conditioner.context_dim,
+        "use_spatial_transformer": conditioner.context_dim is not None,
+    }
+    for key, value in derived.items():
+        if key in stated and stated[key] != value:
+            raise DarkroomError(
+                f'"denoiser.network.{key}" is {stated[key]} in the recipe but {value} follows from the first stage '
+                "and the conditioner: remove the line"
+            )
+    data = to_dict(config)
+    data["network"] |= derived
+    return data

@@ -1,0 +1,161 @@
+"""Plain dicts <-> dataclasses, strictly: an unknown key, a wrong type or a missing value is one clear line.
+
+Configs are plain dataclasses beside what they configure. A field annotated with a union of dataclasses is chosen by
+the `kind` key, whose value is the default of the dataclass's own field `kind`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from darkroom.errors import DarkroomError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean "x"?)' for the closest known word, or the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f' (did you mean "{close[0]}"?)'
+    return f" (known: {', '.join(known)})" if known else ""
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from `data`. `where` is the dotted path that error messages name.
+
+    Raises DarkroomError for unknown keys (with the nearest known one), wrong types and missing values.
+    """
+    if not isinstance(data, Mapping):
+        raise DarkroomError(f"{where or cls.__name__}: expected a mapping of settings, got {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise DarkroomError(f'unknown key "{path}"{nearest(str(key), fields)}')
+        values[key] = _convert(hints[key], value, path)
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise DarkroomError(f'missing key "{where + "." if where else ""}{name}"')
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise DarkroomError(f'"{path}" is {value!r}{nearest(str(value), [str(a) for a in args])}')
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)  # type: ignore[arg-type]
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise DarkroomError(f'"{path}" is a list, got {value!r}')
+        if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
+            if len(value) != len(args):
+                raise DarkroomError(f'"{path}" takes {len(args)} values, got {value!r}')
+            return tuple(_convert(a, v, f"{path}.{i}") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        items = [_convert(args[0], v, f"{path}.{i}") for i, v in enumerate(value)]
+        return tuple(items) if origin is tuple else items
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise DarkroomError(f'"{path}" is a mapping, got {value!r}')
+        return {_convert(args[0], k, path): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise DarkroomError(f'"{path}" is a {hint.__name__}, got {value!r}')
+    return value
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None:
+        if type(None) in args:
+            return None
+        raise DarkroomError(f'"{path}" needs a value')
+    options = [a for a in args if a is not type(None)]
+    classes = [a for a in options if dataclasses.is_dataclass(a)]
+    if classes and isinstance(value, tuple(c for c in classes if isinstance(c, type))):
+        return value
+    if len(classes) > 1 and isinstance(value, Mapping):
+        kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
+        kind = value.get("kind")
+        if kind not in kinds:
+            raise DarkroomError(f'"{path}.kind" is {kind!r}{nearest(str(kind), [str(k) for k in kinds])}')
+        return from_dict(kinds[kind], value, path)
+    # Exact scalar types first, so that `int | float` keeps 3 an int and `str | float` keeps "x" a string.
+    options.sort(key=lambda a: a is not type(value))
+    error: DarkroomError | None = None
+    for option in options:
+        try:
+            return _convert(option, value, path)
+        except DarkroomError as e:
+            error = error or e
+    assert error is not None
+    raise error
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass as plain dicts, lists and scalars, ready for JSON or YAML; `from_dict` gives it back."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+    if isinstance(config, Mapping):
+        return {k: to_dict(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` laid over `base`: mappings merge, everything else is replaced, and None deletes the key."""
+    result = copy.deepcopy(dict(base))
+    for key, value in change.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Set dotted keys: {"optimizer.learning_rate": 1e-4}. The strict reading afterwards reports misspelt ones."""
+    result = copy.deepcopy(dict(data))
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        place = result
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if inner is None:
+                inner = place[parent] = {}
+            if not isinstance(inner, dict):
+                raise DarkroomError(f'cannot set "{dotted}": "{parent}" is {inner!r}, not a mapping')
+            place = inner
+        place[last] = copy.deepcopy(value)
+    return result

@@ -1,0 +1,300 @@
+"""`LatentDiffusion`: first stage, denoiser and conditioner together. The only place where all three meet.
+
+Shapes: B batch, C latent channels, H W latent size; images are (B, height, width, channels) uint8 at this edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from darkroom.conditioning.conditioner import Conditioner
+from darkroom.conditioning.types import Conditioning
+from darkroom.config import nearest
+from darkroom.denoiser import Denoiser
+from darkroom.diffusion.grids import Grid, make_grid
+from darkroom.diffusion.noise import SeededNoise
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.guidance import Guided
+from darkroom.solvers import DEFAULT_SPACING, SOLVERS
+
+DEFAULTS: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "solver": "dpm++2m", "batch_size": 16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. None takes the model's own default (`LatentDiffusion.defaults`).
+
+    Lists of prompts (or class labels) and seeds have equal lengths, or one of them has a single entry for all images.
+    `size` is (width, height) in pixels; `class_labels` are names or indices.
+    """
+
+    prompts: list[str] | None = None
+    class_labels: list[str | int] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    eta: float = 0.0
+    size: tuple[int, int] | None = None
+    negative_prompt: str | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """images: (B, height, width, channels) uint8; latents: (B, C, H, W) normalised; nfe: network calls per image;
+    settings: one dict per image that repeats it."""
+
+    images: np.ndarray
+    latents: Tensor
+    nfe: int
+    settings: list[dict[str, Any]]
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """(B, C, height, width) in [-1, 1] -> (B, height, width, C) uint8, rounded to the nearest value."""
+    scaled = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class LatentDiffusion(nn.Module):
+    """A model that generates. `first_stage` is None for a denoiser-only file (or pixel diffusion)."""
+
+    def __init__(
+        self,
+        first_stage: FirstStage | None,
+        denoiser: Denoiser,
+        conditioner: Conditioner,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.first_stage, self.denoiser, self.conditioner = first_stage, denoiser, conditioner
+        self.info = dict(info or {})
+        self.eval()
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Steps, guidance scale, solver, batch size and size used when a request leaves them out."""
+        return DEFAULTS | {"size": (64, 64)} | self.info.get("defaults", {})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    # --- generate -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | Request | None = None,
+        *,
+        class_label: str | int | Sequence[str | int] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: str | None = None,
+        eta: float = 0.0,
+        size: tuple[int, int] | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Images from prompts, class labels, or nothing (an unconditional model).
+
+        Image k depends on its own seed, prompt and settings; the batch it is computed in changes at most the last
+        rounding. `progress(done, total)` is called after every solver step. Raises DarkroomError for bad requests.
+        """
+        if isinstance(prompt, Request):
+            request = prompt
+        else:
+            request = Request(
+                prompts=[prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt),
+                class_labels=_as_list(class_label),
+                seeds=[seed] if isinstance(seed, int) else list(seed),
+                steps=steps,
+                guidance_scale=guidance_scale,
+                solver=solver,
+                eta=eta,
+                size=size,
+                negative_prompt=negative_prompt,
+                batch_size=batch_size,
+            )
+        return self._run(self.validate(request), progress)
+
+    def validate(self, request: Request) -> Request:
+        """The request with every default filled in and lists of equal length, or a DarkroomError that says the cure."""
+        chosen = {k: v for k, v in self.defaults.items() if getattr(request, k, None) is None and hasattr(request, k)}
+        request = replace(request, **chosen)
+        assert request.size is not None
+        if request.solver not in SOLVERS:
+            raise DarkroomError(f'solver "{request.solver}" is not known{nearest(str(request.solver), SOLVERS)}')
+        if not request.steps or request.steps < 1:
+            raise DarkroomError(f"steps is {request.steps}: it must be at least 1")
+        if not request.batch_size or request.batch_size < 1:
+            raise DarkroomError(f"batch size is {request.batch_size}: it must be at least 1")
+        bad_seeds = [s for s in request.seeds if not 0 <= s < 2**63]
+        if not request.seeds or bad_seeds:
+            raise DarkroomError(f"seed {bad_seeds[0] if bad_seeds else '(none)'}: a seed is a whole number from 0 to 2^63-1")
+        self._check_size(request.size)
+        encoders = self.conditioner.encoders
+        fields = {encoder.field for encoder in encoders.values()}
+        for given, name, flag in ((request.prompts, "text", "a prompt"), (request.class_labels, "class_label", "a class")):
+            if given is not None and name not in fields:
+                takes = " or ".join(sorted(fields)) if fields else "no condition at all"
+                raise DarkroomError(f"this model does not take {flag}: it was trained with {takes}")
+        if request.negative_prompt is not None and "text" not in fields:
+            raise DarkroomError("a negative prompt needs a model with a text encoder; this one has none")
+        count = max(len(request.seeds), len(request.prompts or []), len(request.class_labels or []))
+
+        def spread(name: str, values: list[Any] | None) -> list[Any] | None:
+            if values is None or len(values) == count:
+                return values
+            if len(values) == 1:
+                return values * count
+            raise DarkroomError(f"{len(values)} {name} for {count} images: give one for all or one for each")
+
+        labels = None
+        if request.class_labels is not None:
+            labels = [self._class_index(label) for label in request.class_labels]
+        return replace(
+            request,
+            prompts=spread("prompts", request.prompts),
+            class_labels=spread("classes", labels),
+            seeds=spread("seeds", request.seeds),
+        )
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        factor = self.downsampling * 2 ** (len(self.denoiser.network.config.channel_mult) - 1)
+        for name, value in zip(("width", "height"), size, strict=True):
+            if value < factor or value % factor:
+                low = max(factor, value // factor * factor)
+                raise DarkroomError(
+                    f"{name} {value} does not fit this model: sizes are multiples of {factor}, "
+                    f"the nearest are {low} and {low + factor}"
+                )
+
+    def _class_index(self, label: str | int) -> int:
+        encoder = next(e for e in self.conditioner.encoders.values() if e.field == "class_label")
+        names: list[str] = list(encoder.classes)  # type: ignore[arg-type]
+        text = str(label)
+        if text in names:
+            return names.index(text)
+        lower = [n.lower() for n in names]
+        if text.lower() in lower:
+            return lower.index(text.lower())
+        if text.isdigit() and int(text) < len(names):
+            return int(text)
+        raise DarkroomError(f'class "{label}" is not one of the {len(names)} classes{nearest(text, names)}')
+
+    @property
+    def downsampling(self) -> int:
+        return 1 if self.first_stage is None else self.first_stage.downsampling
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.denoiser.network.config.out_channels)
+
+    @torch.no_grad()
+    def _run(self, request: Request, progress: Callable[[int, int], None] | None) -> Result:
+        assert request.batch_size and request.steps
+        images, latents, nfe = [], [], 0
+        batches = range(0, len(request.seeds), request.batch_size)
+        total = len(batches) * request.steps
+        for done, first in enumerate(batches):
+            part = slice(first, first + request.batch_size)
+            offset = done * request.steps
+            latent, nfe = self._sample(
+                request, part, (lambda i, o=offset: progress(o + i, total)) if progress else None
+            )
+            latents.append(latent)
+            images.append(to_uint8(self.decode(latent)))
+        return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, nfe))
+
+    def _sample(
+        self, request: Request, part: slice, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, int]:
+        """(B, C, H, W) latents of the images `part` of the request, and network calls per image."""
+        assert request.size and request.steps and request.solver and request.guidance_scale is not None
+        seeds = request.seeds[part]
+        shape = (self.latent_channels, request.size[1] // self.downsampling, request.size[0] // self.downsampling)
+        noise = SeededNoise(seeds, shape, self.device)
+        denoise = Guided(
+            self.denoiser,
+            self.encode_condition(request, part),
+            self.encode_negative(request, len(seeds)),
+            scale=request.guidance_scale,
+        )
+        grid = self.grid(request.solver, request.steps)
+        options: dict[str, Any] = {"eta": request.eta} if request.solver == "ddim" else {}
+        if on_step is not None:
+            options["callback"] = lambda step, *_: on_step(step + 1)
+        x = noise(0) * self.denoiser.schedule.prior_std(grid[0])
+        x = SOLVERS[request.solver](denoise, x, grid, lambda i: noise(i + 1), **options)
+        return x, denoise.nfe
+
+    def grid(self, solver: str, steps: int) -> Grid:
+        """The inference levels of a solver on this model's schedule."""
+        return make_grid(self.denoiser.schedule, steps, spacing=self.info.get("spacing", DEFAULT_SPACING[solver]))
+
+    def encode_condition(self, request: Request, part: slice) -> Conditioning:
+        """The conditioning of some images of a validated request; what is not given is null."""
+        count = len(request.seeds[part])
+        batch: dict[str, Any] = {"batch_size": count}
+        if request.prompts is not None:
+            batch["text"] = request.prompts[part]
+        if request.class_labels is not None:
+            batch["class_label"] = torch.tensor(request.class_labels[part])
+        return self.conditioner(batch).to(self.device)
+
+    def encode_negative(self, request: Request, count: int) -> Conditioning | None:
+        """What guidance pushes away from: the negative prompt, else the null conditioning; None when unconditional."""
+        if not self.conditioner.encoders:
+            return None
+        if request.negative_prompt:
+            return self.conditioner({"batch_size": count, "text": [request.negative_prompt] * count}).to(self.device)
+        return self.conditioner.null(count).to(self.device)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]."""
+        return latent if self.first_stage is None else self.first_stage.decode(latent)
+
+    def _settings(self, request: Request, nfe: int) -> list[dict[str, Any]]:
+        from darkroom import __version__
+
+        record = asdict(request)
+        record["size"] = list(request.size or ())
+        if request.class_labels is not None:
+            names = next(e for e in self.conditioner.encoders.values() if e.field == "class_label").classes
+            record["class_labels"] = [names[int(i)] for i in request.class_labels]  # type: ignore[index]
+        model = {k: self.info[k] for k in ("name", "sha256") if k in self.info}
+        return [
+            {
+                "version": __version__,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "model": model,
+                "request": record,
+                "index": i,
+                "nfe": nfe,
+            }
+            for i in range(len(request.seeds))
+        ]
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Write a model folder (safetensors and JSON), atomically."""
+        from darkroom.model_io import save
+
+        return save(self, folder, **options)
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    if value is None:
+        return None
+    return [value] if isinstance(value, (str, int)) else list(value)

@@ -1,0 +1,105 @@
+"""The denoiser's train step: batch -> latent and conditioning -> time and noise -> denoising loss.
+
+Shapes: B batch, C latent channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from darkroom.conditioning.conditioner import Conditioner
+from darkroom.denoiser import Denoiser
+from darkroom.diffusion.time_sampling import sample_time
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.first_stage.posterior import Posterior
+from darkroom.objective import ObjectiveConfig, denoising_loss
+from darkroom.training.loop import Phase, all_parameters, fixed_times, step_generator
+
+Batch = dict[str, Any]
+
+
+def draw(shape: torch.Size | tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal noise drawn on the CPU in float32, so that it does not depend on the device."""
+    return torch.randn(shape, generator=generator).to(like.device)
+
+
+def batch_latent(batch: Batch, first_stage: FirstStage | None, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(B, C, H, W) normalised latents: a fresh sample of the cached posterior ("moments"), of the image's posterior,
+    or the image itself where there is no first stage (pixel diffusion)."""
+    if "moments" in batch:
+        assert first_stage is not None
+        moments = batch["moments"].to(device, torch.float32)
+        return first_stage.normalise(Posterior.from_moments(moments)).sample(generator)
+    image = batch["image"].to(device)
+    if first_stage is None:
+        return image
+    with torch.no_grad():
+        return first_stage.encode(image).sample(generator).float()
+
+
+class DenoiserPhase(nn.Module):
+    """One forward for DDP: trains the denoiser and the trainable encoders of the conditioner together."""
+
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.denoiser, self.conditioner, self.objective = denoiser, conditioner, objective
+        self.first_stage: Callable[[], FirstStage | None] = lambda: None  # set by DenoiserStep; not a submodule
+
+    def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(self.denoiser.parameters()).device
+        x0 = batch_latent(batch, self.first_stage(), generator, device)
+        conditioning = self.conditioner(batch, generator)
+        time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator)
+        level = self.denoiser.schedule.level(time)
+        noise = draw(x0.shape, generator, x0)
+        loss = denoising_loss(self.denoiser, x0, noise, level, conditioning, self.objective)
+        return loss.mean(), {}
+
+
+class DenoiserStep:
+    """The one-phase step of the second stage. The first stage is frozen and never part of the checkpoint."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioner: Conditioner,
+        first_stage: FirstStage | None,
+        objective: ObjectiveConfig,
+    ) -> None:
+        self.denoiser, self.conditioner, self.first_stage, self.objective = denoiser, conditioner, first_stage, objective
+        if first_stage is not None:
+            first_stage.requires_grad_(False).eval()
+        module = DenoiserPhase(denoiser, conditioner, objective)
+        module.first_stage = lambda: first_stage
+        self.phases = [Phase("denoiser", module, all_parameters([module]))]
+        self.modules: dict[str, nn.Module] = {"denoiser": denoiser, "conditioner": conditioner}
+        self.ema_modules = self.modules
+
+    @torch.no_grad()
+    def validation_loss(self, batches: list[Batch], seed: int, times: int = 8) -> dict[str, float]:
+        """Mean loss on fixed images, times (strata of the schedule) and noise; lower is comparable between steps."""
+        low, high = self.denoiser.schedule.time_range
+        grid = fixed_times(low, high, times)
+        device = next(self.denoiser.parameters()).device
+        per_time: list[list[float]] = [[] for _ in range(times)]
+        for i, batch in enumerate(batches):
+            generator = step_generator(seed, "validation", i)
+            x0 = batch_latent(batch, self.first_stage, generator, device)
+            conditioning = self.conditioner(batch)
+            for j in range(times):
+                noise = draw(x0.shape, generator, x0)
+                level = self.denoiser.schedule.level(grid[j].expand(x0.shape[0]))
+                loss = denoising_loss(self.denoiser, x0, noise, level, conditioning, self.objective)
+                per_time[j] += loss.float().tolist()
+        means = [sum(v) / len(v) for v in per_time]
+        return {"validation_loss": sum(means) / times}
+
+
+def freeze(modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in evaluation mode without gradients."""
+    for module in modules.values():
+        module.requires_grad_(False).eval()

@@ -1,0 +1,121 @@
+"""Recipes: small YAML files that say what differs from the defaults, read strictly.
+
+    base        another recipe (name, or path beside this file) that this one changes; mappings merge, null deletes
+    data        where the images are and what is made of them (DataConfig)
+    first_stage one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none of them: pixels (f1)
+    denoiser    network, noise schedule and prediction type
+    conditioner encoders by name
+    objective   loss weighting and time sampling
+    optimizer, steps, batch_size, ...   the loop of the denoiser (LoopConfig)
+    evaluate    how samples are made during and after training
+    expect      what the recipe reached when it was last run: metric, protocol, hardware, minutes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from darkroom.conditioning.encoders import ClassEncoderConfig, TextEncoderConfig
+from darkroom.config import from_dict, merge, nearest, with_overrides
+from darkroom.data.sources import DataConfig
+from darkroom.denoiser import DenoiserConfig
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.autoencoder import AutoencoderConfig
+from darkroom.objective import ObjectiveConfig
+from darkroom.training.first_stage_step import FirstStageObjective
+from darkroom.training.loop import LoopConfig
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class FirstStageRecipe(LoopConfig):
+    """Training a first stage: its network, its losses, and the loop."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    objective: FirstStageObjective = field(default_factory=FirstStageObjective)
+
+
+@dataclass(frozen=True)
+class FirstStageChoice:
+    """Exactly one of: train one, take a bundled one by name, take one from a path. None at all: work on pixels."""
+
+    train: FirstStageRecipe | None = None
+    name: str | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("train", "name", "path") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise DarkroomError(f'first_stage has {" and ".join(given)}: give one of them (set the other to null)')
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How the sample grids are made, and what the model uses by default afterwards."""
+
+    samples: int = 16
+    solver: str = "dpm++2m"
+    steps: int = 20
+    guidance_scale: float = 4.0
+    prompts: tuple[str, ...] | None = None  # None: captions (or classes) of the validation split
+
+
+@dataclass(frozen=True)
+class Recipe(LoopConfig):
+    """A resolved recipe. The loop's own fields (steps, batch_size, optimizer, ...) are the denoiser's."""
+
+    name: str = "custom"
+    description: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    first_stage: FirstStageChoice = field(default_factory=FirstStageChoice)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    conditioner: dict[str, ClassEncoderConfig | TextEncoderConfig] = field(default_factory=dict)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    expect: dict[str, Any] = field(default_factory=dict)
+
+
+def recipe_names() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*/*.yaml"))}
+
+
+def find_recipe(source: str, beside: Path | None = None) -> Path:
+    """The file of a recipe given by path or shipped name; a path wins over a name."""
+    candidates = [Path(source)] if beside is None else [beside / source, Path(source)]
+    for path in candidates:
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
+    names = recipe_names()
+    if source in names:
+        return names[source]
+    raise DarkroomError(f'no recipe "{source}": neither a file nor a shipped recipe{nearest(source, names)}')
+
+
+def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe of a file with its bases merged in, as a plain dict (not yet checked)."""
+    path = path.resolve()
+    if path in _seen:
+        raise DarkroomError(f"{path.name}: its bases form a circle: {' -> '.join(p.name for p in (*_seen, path))}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise DarkroomError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise DarkroomError(f"{path}: a recipe is a mapping of settings; this file holds {type(data).__name__}")
+    base = data.pop("base", None)
+    data.setdefault("name", path.stem)
+    if base is None:
+        return data
+    return merge(read_recipe(find_recipe(str(base), path.parent), (*_seen, path)), data)
+
+
+def resolve(data: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Apply overrides and read strictly: misspelt keys, wrong types and impossible choices raise DarkroomError."""
+    return from_dict(Recipe, with_overrides(data, overrides or {}))
