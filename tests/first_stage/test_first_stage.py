@@ -56,6 +56,7 @@ def test_decode_undoes_the_normalisation() -> None:
     posterior = first_stage.autoencoder.encode(batches[0])
     latent = first_stage.encode(batches[0])
     torch.testing.assert_close(first_stage.denormalise(latent.mode()), posterior.mode())
+    torch.testing.assert_close(first_stage.normalise(posterior.mode()), latent.mode())
     torch.testing.assert_close(latent.std, posterior.std * torch.tensor([0.5, 3.0]).view(1, 2, 1, 1))
     noise = torch.randn(posterior.mean.shape)
     expected = posterior.sample_with(noise) - torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)

@@ -19,7 +19,7 @@ from darkroom.first_stage.posterior import Posterior
 NORM_EPSILON = 1e-6
 
 
-@dataclass
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """Downsampling is 2^(len(channel_mult) - 1). The defaults are those of the paper's kl-f8 with 4 latent channels."""
 
@@ -111,7 +111,7 @@ def _check_config(config: AutoencoderConfig) -> None:
         raise DarkroomError(f"channel_mult={tuple(config.channel_mult)}: needs at least one level of positive width")
     if any(not 0 <= level < levels for level in config.attention_levels):
         raise DarkroomError(
-            f"attention_levels={tuple(config.attention_levels)}: levels are 0..{levels - 1}, one per entry of channel_mult"
+            f"attention_levels={tuple(config.attention_levels)}: channel_mult has levels 0..{levels - 1}"
         )
     numbers = ("in_channels", "out_channels", "channels", "num_res_blocks", "z_channels", "embed_dim", "norm_groups")
     for name in (*numbers, "decoder_channels", "decoder_num_res_blocks"):

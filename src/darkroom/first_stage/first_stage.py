@@ -48,17 +48,22 @@ class FirstStage(nn.Module):
 
     def encode(self, image: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> the posterior of the normalised latent (B, E, h, w)."""
-        return self.normalise(self.autoencoder.encode(image))
+        return self.normalise_posterior(self.autoencoder.encode(image))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latent (B, E, h, w) -> image (B, C, H, W), about [-1, 1]."""
         return self.autoencoder.decode(self.denormalise(latent))
 
-    def normalise(self, posterior: Posterior) -> Posterior:
+    def normalise(self, z: Tensor) -> Tensor:
+        """(z - shift) * scale, (B, E, h, w)."""
+        shift, scale = self._spread(z)
+        return (z - shift) * scale
+
+    def normalise_posterior(self, posterior: Posterior) -> Posterior:
         """The distribution of (z - shift) * scale, z from the autoencoder's own posterior."""
-        shift, scale = self._spread(posterior.mean)
-        mean = (posterior.mean - shift) * scale
-        return Posterior(mean, None if posterior.logvar is None else posterior.logvar + 2.0 * torch.log(scale.abs()))
+        _, scale = self._spread(posterior.mean)
+        logvar = None if posterior.logvar is None else posterior.logvar + 2.0 * torch.log(scale.abs())
+        return Posterior(self.normalise(posterior.mean), logvar)
 
     def denormalise(self, latent: Tensor) -> Tensor:
         """z = latent / scale + shift, (B, E, h, w)."""

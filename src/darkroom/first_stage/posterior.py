@@ -47,7 +47,7 @@ class Posterior:
         return self.mean
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """One draw. The noise is made on the generator's device: a CPU generator gives the same noise for any device."""
+        """One draw. Noise is made on the generator's device: a CPU generator gives the same noise for any device."""
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device, dtype=self.mean.dtype)
         return self.sample_with(noise.to(self.mean.device))
 
