@@ -119,9 +119,7 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.up, self.down = up, down
-        self.in_layers = nn.Sequential(
-            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
@@ -131,9 +129,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection: nn.Module = (
-            nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`size`: the wanted (H', W') of an `up` block."""
@@ -160,9 +156,9 @@ class ResBlock(nn.Module):
         return self._skip(x) + h
 
     def _skip(self, x: Tensor) -> Tensor:
-        if isinstance(self.skip_connection, nn.Identity):
-            return x
-        return from_tokens(pointwise(to_tokens(x), self.skip_connection), x)
+        if isinstance(self.skip_connection, nn.Conv2d):
+            return from_tokens(pointwise(to_tokens(x), self.skip_connection), x)
+        return x
 
 
 class AttentionBlock(nn.Module):

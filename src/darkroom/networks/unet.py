@@ -205,9 +205,7 @@ class UNet(nn.Module):
             self.vector_emb = _embedding_mlp(c.adm_in_channels, emb)
 
         def res(channels: int, out_channels: int | None = None, up: bool = False, down: bool = False) -> ResBlock:
-            return ResBlock(
-                channels, emb, c.dropout, out_channels, c.use_scale_shift_norm, up, down, c.use_checkpoint
-            )
+            return ResBlock(channels, emb, c.dropout, out_channels, c.use_scale_shift_norm, up, down, c.use_checkpoint)
 
         def attention(channels: int, level: int, decoder: bool, self_attention: bool) -> nn.Module:
             heads, head_width = c.heads(channels, decoder)
@@ -267,7 +265,7 @@ class UNet(nn.Module):
 
         The result has the dtype of x whatever the precision of the weights.
         """
-        dtype = self.time_embed[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         context = mask = None
         h = x
         if conditioning is not None:

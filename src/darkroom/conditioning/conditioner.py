@@ -1,0 +1,126 @@
+"""`Conditioner`: all condition encoders of a model; merges what they give by slot.
+
+Shapes: B batch, L tokens, D width, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from darkroom.conditioning.encoder import ConditionEncoder
+from darkroom.conditioning.types import Conditioning
+from darkroom.errors import DarkroomError
+
+
+class Conditioner(nn.Module):
+    """`conditioner(batch, generator=None) -> Conditioning`. Without encoders it gives an empty one.
+
+    Two encoders may fill one slot: tokens of `context` are put one after the other, `vector` and `concat` are joined
+    along their channels. The order is that of `encoders`.
+    """
+
+    def __init__(self, encoders: Mapping[str, ConditionEncoder] | None = None) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(dict(encoders or {}))
+        widths = [(name, e.widths["context"]) for name, e in self._items() if "context" in e.widths]
+        if len({width for _, width in widths}) > 1:
+            found = ", ".join(f"{name} has {width}" for name, width in widths)
+            raise DarkroomError(f"conditioner: encoders of the slot 'context' differ in width ({found}); give them one")
+        if sum("label" in e.widths for _, e in self._items()) > 1:
+            raise DarkroomError("conditioner: two encoders fill the slot 'label'; let one use 'context' or 'vector'")
+
+    def _items(self) -> list[tuple[str, ConditionEncoder]]:
+        return [(name, encoder) for name, encoder in self.encoders.items() if isinstance(encoder, ConditionEncoder)]
+
+    @property
+    def context_dim(self) -> int | None:
+        """D of the slot `context`; None if nothing fills it."""
+        return next((e.widths["context"] for _, e in self._items() if "context" in e.widths), None)
+
+    @property
+    def vector_dim(self) -> int | None:
+        return self._total("vector")
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels that the network gets besides the latent's."""
+        return self._total("concat") or 0
+
+    @property
+    def label_count(self) -> int | None:
+        """Number of classes of the slot `label`, the null class included; None if nothing fills it."""
+        return self._total("label")
+
+    def _total(self, slot: str) -> int | None:
+        widths = [e.widths[slot] for _, e in self._items() if slot in e.widths]
+        return sum(widths) if widths else None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that a batch must have."""
+        return tuple(dict.fromkeys(e.field for _, e in self._items()))
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        """Encode the batch's fields; a field whose value is None is null for the whole batch.
+
+        With a (CPU) generator each encoder drops each example by its drop_rate. The draws are made for every encoder,
+        also for a rate of 0, so that changing one rate leaves the other encoders' draws as they are.
+        """
+        parts = []
+        size = self._batch_size(batch)
+        for name, encoder in self._items():
+            if encoder.field not in batch:
+                raise DarkroomError(
+                    f"conditioner: the encoder {name!r} reads the field {encoder.field!r}, but the data has "
+                    f"{', '.join(sorted(batch))}; add it to the data or remove the encoder"
+                )
+            keep = None if generator is None else torch.rand(size, generator=generator) >= encoder.drop_rate
+            values = batch[encoder.field]
+            if values is None:
+                parts.append(encoder.null(size))
+            elif keep is None or bool(keep.all()):
+                parts.append(encoder.encode(values))
+            else:
+                parts.append(encoder.encode_kept(values, keep))
+        return merge(parts)
+
+    def null(self, batch_size: int) -> Conditioning:
+        """Every condition absent."""
+        return merge([encoder.null(batch_size) for _, encoder in self._items()])
+
+    def _batch_size(self, batch: Mapping[str, Any]) -> int:
+        sizes = {field: len(batch[field]) for field in self.fields if batch.get(field) is not None}
+        if len(set(sizes.values())) > 1:
+            raise DarkroomError(f"conditioner: fields of one batch differ in length: {sizes}")
+        if self.fields and not sizes:
+            raise DarkroomError("conditioner: no field of the batch has a value; use null(batch_size)")
+        return next(iter(sizes.values()), 0)
+
+
+def merge(parts: Sequence[Conditioning]) -> Conditioning:
+    """Join the slots of several encoders for the same examples."""
+    contexts = [p.context for p in parts if p.context is not None]
+    mask = None
+    if any(p.context_mask is not None for p in parts):
+        mask = torch.cat([_mask(p) for p in parts if p.context is not None], dim=1)
+    vectors = [p.vector for p in parts if p.vector is not None]
+    concats = [p.concat for p in parts if p.concat is not None]
+    return Conditioning(
+        context=torch.cat(contexts, dim=1) if contexts else None,
+        context_mask=mask,
+        vector=torch.cat(vectors, dim=1) if vectors else None,
+        concat=torch.cat(concats, dim=1) if concats else None,
+        label=next((p.label for p in parts if p.label is not None), None),
+    )
+
+
+def _mask(part: Conditioning) -> Tensor:
+    """(B, L): a part without a mask has only real tokens."""
+    assert part.context is not None
+    if part.context_mask is not None:
+        return part.context_mask
+    return torch.ones(part.context.shape[:2], dtype=torch.bool, device=part.context.device)
