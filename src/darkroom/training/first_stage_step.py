@@ -1,0 +1,297 @@
+"""The first stage's train step: an autoencoder phase, and once it has begun a discriminator phase.
+
+Autoencoder: minimises  nll(reconstruction, perceptual) + kl_weight * KL + w * adversarial, where w balances the two
+gradients at the decoder's last layer (Rombach et al. 2022, App. G; Esser et al. 2021, eq. 6-7).
+Discriminator: tells the images from the reconstructions of the same step.
+Shapes: B batch, C channels, H W size of image or crop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from darkroom.errors import DarkroomError
+from darkroom.features.laplacian import NormalisedLaplacianDistance
+from darkroom.features.lpips import load_lpips, lpips_available
+from darkroom.first_stage.autoencoder import Autoencoder
+from darkroom.first_stage.discriminator import Discriminator, DiscriminatorNorm
+from darkroom.first_stage.losses import (
+    DiscriminatorLossKind,
+    ReconstructionKind,
+    adaptive_weight,
+    adversarial_loss,
+    delayed,
+    discriminator_loss,
+    reconstruction_error,
+    reconstruction_nll,
+)
+from darkroom.training.loop import Phase, all_parameters
+
+Batch = dict[str, Any]
+Perceptual = Literal["auto", "laplacian", "vgg", "none"]
+
+
+@dataclass(frozen=True)
+class FirstStageTrainConfig:
+    """What the first stage is trained for. The KL weight is the official one: all terms are sums over an image."""
+
+    steps: int = 10_000
+    batch_size: int = 16
+    learning_rate: float = 2e-4
+    reconstruction: ReconstructionKind = "l1"
+    learn_log_variance: bool = False  # of the reconstruction's likelihood; it starts at `log_variance`
+    log_variance: float = 0.0
+    perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else "laplacian"
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    discriminator_start: int = 50_001  # train step from which the adversarial term counts
+    discriminator_weight: float = 0.5  # 0: no discriminator at all
+    discriminator_factor: float = 1.0
+    discriminator_loss: DiscriminatorLossKind = "hinge"
+    discriminator_channels: int = 32  # official: 64
+    discriminator_layers: int = 3
+    discriminator_norm: DiscriminatorNorm = "group"  # official: "batch"
+    crop: int | None = None  # train on random squares of this side; None: whole images
+    flip: bool = False  # mirror each image left to right with probability 1/2
+    scale: Literal["element", "image"] = "element"  # "element" divides the official loss ("image") by C*H*W, so that
+    # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change
+
+
+class FirstStageStep:
+    """Both phases and what they share. `modules` is what a checkpoint saves, `ema_modules` what is averaged."""
+
+    def __init__(self, autoencoder: Autoencoder, config: FirstStageTrainConfig) -> None:
+        self.autoencoder, self.config = autoencoder, config
+        self.perceptual = resolve_perceptual(config)
+        self.likelihood = Likelihood(config)
+        self.pairs = Pairs()
+        self.discriminator: Discriminator | None = None
+        self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        self.ema_modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        if config.learn_log_variance:
+            self.modules["likelihood"] = self.likelihood
+        if config.discriminator_weight > 0 and config.discriminator_factor > 0:
+            self.discriminator = Discriminator(
+                autoencoder.config.out_channels,
+                config.discriminator_channels,
+                config.discriminator_layers,
+                config.discriminator_norm,
+            )
+            self.modules["discriminator"] = self.discriminator
+        distance = make_perceptual(self.perceptual)
+        first = AutoencoderPhase(autoencoder, self.likelihood, self.discriminator, distance, config, self.pairs)
+        self.phases = [Phase("autoencoder", first, all_parameters([first]))]
+        if self.discriminator is not None:
+            second = DiscriminatorPhase(self.discriminator, config, self.pairs)
+            parameters = all_parameters([self.discriminator])
+            self.phases.append(Phase("discriminator", second, parameters, starts_at=config.discriminator_start))
+        for module in self.modules.values():  # convolutions are faster in this layout; the values are the same
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def validation_loss(self, batches: list[Batch], seed: int = 0) -> dict[str, float]:
+        """On whole images from the posterior's mode: mean PSNR in dB, absolute error, KL in nats per image."""
+        device = next(self.autoencoder.parameters()).device
+        count, psnr, absolute, kl = 0, 0.0, 0.0, 0.0
+        for batch in batches:
+            image = batch["image"].to(device)
+            posterior = self.autoencoder.encode(image)
+            reconstruction = self.autoencoder.decode(posterior.mode()).float().clamp(-1.0, 1.0)
+            error = (reconstruction - image).flatten(1)
+            psnr += float((10.0 * torch.log10(4.0 / error.square().mean(1).clamp_min(1e-10))).sum())
+            absolute += float(error.abs().mean(1).sum())
+            kl += float(posterior.kl().sum())
+            count += image.shape[0]
+        if count == 0:
+            return {}
+        return {"psnr": psnr / count, "validation_loss": absolute / count, "validation_kl": kl / count}
+
+
+class Likelihood(nn.Module):
+    """The log-variance of the reconstruction: a parameter when it is learned, a buffer when it is fixed."""
+
+    log_variance: Tensor
+
+    def __init__(self, config: FirstStageTrainConfig) -> None:
+        super().__init__()
+        value = torch.tensor(float(config.log_variance))
+        if config.learn_log_variance:
+            self.log_variance = nn.Parameter(value)
+        else:
+            self.register_buffer("log_variance", value)
+
+
+class Pairs:
+    """(image, detached reconstruction) of each micro-batch, handed from the first phase to the second in order."""
+
+    def __init__(self) -> None:
+        self._train_step = -1
+        self._queue: deque[tuple[Tensor, Tensor]] = deque()
+
+    def push(self, train_step: int, image: Tensor, reconstruction: Tensor) -> None:
+        if train_step != self._train_step:  # what a skipped step left behind is not of this step
+            self._queue.clear()
+            self._train_step = train_step
+        self._queue.append((image, reconstruction.detach()))
+
+    def pop(self, train_step: int) -> tuple[Tensor, Tensor]:
+        if train_step != self._train_step or not self._queue:
+            raise RuntimeError(f"the discriminator phase of step {train_step} has no reconstruction of that step")
+        return self._queue.popleft()
+
+
+class AutoencoderPhase(nn.Module):
+    """One forward for DDP. Submodules are what this phase trains; discriminator and perceptual network are none."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        likelihood: Likelihood,
+        discriminator: Discriminator | None,
+        perceptual: nn.Module | None,
+        config: FirstStageTrainConfig,
+        pairs: Pairs,
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.likelihood, self.config, self.pairs = autoencoder, likelihood, config, pairs
+        # In a tuple they are no submodules: neither averaged, nor synchronised, nor saved with this phase.
+        self._frozen = (discriminator, perceptual)
+
+    def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(self.autoencoder.parameters()).device
+        image = augment(batch["image"].to(device), self.config, generator)
+        f, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
+        shape = (image.shape[0], channels, image.shape[2] // f, image.shape[3] // f)
+        return self.loss(image, torch.randn(shape, generator=generator).to(device), train_step)
+
+    def loss(self, image: Tensor, noise: Tensor, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective for one draw of the posterior's noise, (B, E, h, w). Its gradient at the reconstruction is
+        computed here and attached, so that the perceptual network and the discriminator run backward only once: the
+        adaptive weight needs their gradients apart from each other before the autoencoder's backward pass begins."""
+        config = self.config
+        discriminator, perceptual = self._frozen
+        posterior = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
+        output = self.autoencoder.decode(posterior.sample_with(noise))
+        factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
+        adversarial_on = discriminator is not None and factor > 0
+        leaf = output.detach().float().requires_grad_()
+        with torch.enable_grad():
+            adversarial = adversarial_loss(discriminator(leaf).float()) if adversarial_on else None  # type: ignore[misc]
+            distance = perceptual(image, leaf) if perceptual is not None else None
+        with torch.autocast(image.device.type, enabled=False):
+            error = reconstruction_error(image.float(), leaf, config.reconstruction)
+            metrics = {"reconstruction": error.detach().mean()}
+            if distance is not None:
+                metrics["perceptual"] = distance.detach().mean()
+                error = error + config.perceptual_weight * distance.float().view(-1, 1, 1, 1)
+            log_variance = self.likelihood.log_variance
+            nll = reconstruction_nll(error, log_variance.detach())
+            (gradient,) = torch.autograd.grad(nll, leaf)
+            total = nll.detach()
+            if adversarial is not None:
+                (adversarial_gradient,) = torch.autograd.grad(adversarial, leaf)
+                weight = config.discriminator_weight * self._adaptive_weight(output, gradient, adversarial_gradient)
+                gradient = gradient + (weight * factor) * adversarial_gradient
+                total = total + weight * factor * adversarial.detach()
+                metrics |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
+                self.pairs.push(train_step, image, leaf)
+            kl = posterior.kl().mean()
+            loss = _WithGradient.apply(output, gradient, total) + config.kl_weight * kl
+            if config.learn_log_variance:
+                learned = reconstruction_nll(error.detach(), log_variance)
+                loss = loss + (learned - learned.detach())
+                metrics["log_variance"] = log_variance.detach()
+            metrics |= {"nll": nll.detach(), "kl": kl.detach()}
+            return loss * _scale(config, image), metrics
+
+    def _adaptive_weight(self, output: Tensor, gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+        """From the gradients at decoder.conv_out.weight; averaged over processes first, so that all of them use the
+        weight that one process would compute on the joint batch."""
+        last = self.autoencoder.decoder.conv_out.weight
+        both = [
+            torch.autograd.grad(output, last, g.to(output.dtype), retain_graph=True)[0].float()
+            for g in (gradient, adversarial_gradient)
+        ]
+        gradients = torch.stack(both)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gradients)
+            gradients /= torch.distributed.get_world_size()
+        return adaptive_weight(gradients[0], gradients[1])
+
+
+class DiscriminatorPhase(nn.Module):
+    """One forward for DDP: the discriminator on the images and reconstructions of the autoencoder phase."""
+
+    def __init__(self, discriminator: Discriminator, config: FirstStageTrainConfig, pairs: Pairs) -> None:
+        super().__init__()
+        self.discriminator, self.config, self.pairs = discriminator, config, pairs
+
+    def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image, reconstruction = self.pairs.pop(train_step)
+        if self.discriminator.independent:  # one call, same logits
+            both = torch.cat([image.to(reconstruction), reconstruction])
+            real, fake = self.discriminator(both.contiguous(memory_format=torch.channels_last)).chunk(2)
+        else:  # batch norm: images and reconstructions are normalised apart, as in the official code
+            real, fake = self.discriminator(image), self.discriminator(reconstruction)
+        with torch.autocast(image.device.type, enabled=False):
+            real, fake = real.float(), fake.float()
+            factor = delayed(self.config.discriminator_factor, train_step, self.config.discriminator_start)
+            loss = factor * discriminator_loss(real, fake, self.config.discriminator_loss)
+        return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+
+
+class _WithGradient(torch.autograd.Function):
+    """`value`, whose gradient with respect to x is `gradient` (computed before)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outputs[0]).to(ctx.dtype), None, None
+
+
+def augment(image: Tensor, config: FirstStageTrainConfig, generator: torch.Generator) -> Tensor:
+    """(B, C, H, W) -> (B, C, crop, crop): each image cropped and mirrored on its own, with draws of `generator`."""
+    batch, _, height, width = image.shape
+    if config.crop is not None and (height, width) != (config.crop, config.crop):
+        if min(height, width) < config.crop:
+            raise DarkroomError(
+                f"crop={config.crop} is larger than the images ({width}x{height}): lower crop or raise the size"
+            )
+        top = torch.randint(height - config.crop + 1, (batch,), generator=generator).tolist()
+        left = torch.randint(width - config.crop + 1, (batch,), generator=generator).tolist()
+        side = config.crop
+        image = torch.stack([x[:, t : t + side, u : u + side] for x, t, u in zip(image, top, left, strict=True)])
+    if config.flip:
+        mirrored = torch.rand(batch, generator=generator) < 0.5
+        image = torch.where(mirrored.to(image.device).view(-1, 1, 1, 1), image.flip(-1), image)
+    return image
+
+
+def resolve_perceptual(config: FirstStageTrainConfig) -> Literal["laplacian", "vgg", "none"]:
+    """What "auto" means on this machine; record the answer with the run."""
+    if config.perceptual == "none" or config.perceptual_weight == 0:
+        return "none"
+    if config.perceptual == "auto":
+        return "vgg" if lpips_available() else "laplacian"
+    return config.perceptual
+
+
+def make_perceptual(name: Literal["laplacian", "vgg", "none"]) -> nn.Module | None:
+    if name == "vgg":
+        return load_lpips()
+    return NormalisedLaplacianDistance() if name == "laplacian" else None
+
+
+def _scale(config: FirstStageTrainConfig, image: Tensor) -> float:
+    return 1.0 / image[0].numel() if config.scale == "element" else 1.0
