@@ -1,0 +1,289 @@
+"""Models on the disk: `load` and `save`.
+
+Weights and JSON only, whole or not at all: a model is written under a temporary name and takes its place in one rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from darkroom.build import build_conditioner, build_denoiser, build_first_stage
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.model_folder import (
+    BUNDLED,
+    CONFIG,
+    FORMAT_VERSION,
+    INDEX,
+    WEIGHTS,
+    ModelIndex,
+    bundled,
+    find_source,
+    guess_family,
+    is_model_folder,
+    read_index,
+)
+from darkroom.safe_files import (
+    new_folder,
+    read_json,
+    read_safetensors,
+    read_safetensors_header,
+    sha256_of,
+    write_safetensors,
+)
+from darkroom.safe_pickle import read_checkpoint
+
+__all__ = ["bundled", "load", "save", "select_device", "select_dtype"]
+
+_BUILD = {"first_stage": build_first_stage, "denoiser": build_denoiser, "conditioner": build_conditioner}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Keys of `info` that say where a model came from this time; they are made anew by each load.
+_TRANSIENT = ("sha256", "path", "weights")
+
+
+def select_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto" takes an accelerator if there is one. A device that this machine lacks is an error that says so."""
+    if str(device) == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise DarkroomError(f'device "{device}" is not available here; use "cpu" or "auto"') from None
+    if chosen.type == "meta":
+        raise DarkroomError('device "meta" holds no numbers; use "cpu" or "auto"')
+    return chosen
+
+
+def select_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """ "auto" is float32."""
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if str(dtype) == "auto":
+        return torch.float32
+    if str(dtype) not in _DTYPES:
+        raise DarkroomError(f'dtype "{dtype}" is not known; use auto, {", ".join(_DTYPES)}')
+    return _DTYPES[str(dtype)]
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(
+    source: str | Path, weights: str = "ema", device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> LatentDiffusion | FirstStage:
+    """A model in eval mode from a model folder, a run folder or a bundled name (a path wins over a name).
+
+    `weights`: "ema" (averaged, what training recommends) or "live" (as the last step left them).
+    `dtype`: precision of the denoiser's network; everything else stays in float32.
+    A folder that holds only a first stage gives a FirstStage.
+    """
+    if weights not in WEIGHTS:
+        raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
+    on, precision = select_device(device), select_dtype(dtype)
+    path = find_source(source)
+    if path.is_file():
+        _refuse_single_file(path)
+    index = read_index(path)
+    if weights == "live" and not any((place / WEIGHTS["live"]).is_file() for place in index.parts.values()):
+        raise DarkroomError(f'{path} holds no live weights; use weights="ema"')
+    parts = {part: _load_part(part, place, weights) for part, place in index.parts.items()}
+    first_stage = parts.get("first_stage")
+    if first_stage is not None:
+        _remember_reference(first_stage, index)
+        first_stage.requires_grad_(False)
+    if index.kind == "first_stage":
+        assert isinstance(first_stage, FirstStage)
+        return first_stage.to(on).eval()
+    info = index.info | {"sha256": index.sha256, "path": str(path), "weights": weights}
+    model = LatentDiffusion(first_stage, parts["denoiser"], parts["conditioner"], info)
+    model.denoiser.network.to(precision)
+    return model.to(on).eval()
+
+
+def _refuse_single_file(path: Path) -> None:
+    """Official checkpoints are recognised, read safely, and not loaded by this version."""
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
+        content = read_checkpoint(path)
+        table = content.get("state_dict", content) if isinstance(content, dict) else {}
+        names = [str(name) for name in table] if isinstance(table, dict) else []
+    elif path.suffix == ".safetensors":
+        names = list(read_safetensors_header(path).tensors)
+    else:
+        raise DarkroomError(f"{path} is not a model; give a model folder (one that holds {INDEX})")
+    raise DarkroomError(
+        f"{path} is {guess_family(names)} ({len(names)} tensors), which this version cannot load; "
+        "give a Darkroom model folder"
+    )
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Random fills do nothing: every number is about to be read from a file, and the caller's random state stays."""
+
+    _fills = frozenset(
+        {Tensor.uniform_, Tensor.normal_}
+        | {
+            getattr(nn.init, name)
+            for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "orthogonal_")
+        }
+        | {nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_}
+    )
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self._fills:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def _load_part(part: str, folder: Path, weights: str) -> Any:
+    """Build a part from its config and fill it; every tensor must be there and fit."""
+    config = read_json(folder / CONFIG, "config")
+    file = folder / WEIGHTS[weights]
+    if not file.is_file():  # a part that is not averaged (a frozen first stage) has one file only
+        file = folder / WEIGHTS["ema"]
+    tensors = read_safetensors(file)
+    with _SkipInitialisation():
+        module = _BUILD[part](config)
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        raise DarkroomError(f"{file} does not fit {folder / CONFIG}: {problems[0] if problems else error}") from None
+    return module
+
+
+def _remember_reference(first_stage: nn.Module, index: ModelIndex) -> None:
+    """Note on a bundled first stage what it is, so that models trained on it can refer to it instead of copying it."""
+    reference = index.references.get("first_stage")
+    if reference is None and index.folder.parent == BUNDLED:
+        digest = sha256_of(index.parts["first_stage"] / WEIGHTS["ema"])
+        reference = {"name": index.folder.name, "sha256": digest}
+    if reference is not None:
+        object.__setattr__(first_stage, "reference", reference)
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def save(
+    model: LatentDiffusion | FirstStage,
+    folder: str | Path,
+    *,
+    card: str | None = None,
+    live: Mapping[str, Mapping[str, Tensor]] | None = None,
+    info: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    refer: bool = False,
+) -> Path:
+    """Write a model folder; an older model of the same name is replaced in one step, other folders are refused.
+
+    card:  text of README.md.
+    live:  per part, the weights before averaging ("model.live.safetensors" beside the averaged ones).
+    info:  joined to the model's own `info` (name, defaults, provenance...).
+    dtype: precision in which parameters are stored ("float16" halves the file); buffers keep theirs.
+    refer: name a bundled first stage instead of copying it.
+    """
+    precision = None if str(dtype) == "auto" else select_dtype(dtype)
+    destination = Path(folder).expanduser()
+    parts: dict[str, nn.Module] = {"first_stage": model} if isinstance(model, FirstStage) else _parts(model)
+    known = {} if isinstance(model, FirstStage) else model.info
+    kept = {key: value for key, value in (known | dict(info or {})).items() if key not in _TRANSIENT}
+    place = destination.resolve()
+    kept.setdefault("name", place.parent.name if place.name == "model" else place.name)
+
+    places: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    with new_folder(destination, replaces=is_model_folder) as temporary:
+        for part, module in parts.items():
+            reference = getattr(module, "reference", None) if refer else None
+            if reference is not None:
+                places[part] = {"reference": reference}
+                continue
+            places[part] = part
+            (temporary / part).mkdir()
+            raw = None if live is None else live.get(part)
+            for name, digest in _save_part(module, temporary / part, raw, precision).items():
+                files[f"{part}/{name}"] = digest
+        index = {
+            "format_version": FORMAT_VERSION,
+            "kind": "first_stage" if isinstance(model, FirstStage) else "latent_diffusion",
+            "info": kept,
+            "parts": places,
+            "files": files,
+        }
+        if card is not None:
+            _write_text(temporary / "README.md", card)
+        _write_text(temporary / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        _keep_other_files(destination, temporary, replaced={INDEX, "README.md", *_BUILD})
+    return destination
+
+
+def _parts(model: LatentDiffusion) -> dict[str, nn.Module]:
+    parts = {"first_stage": model.first_stage, "denoiser": model.denoiser, "conditioner": model.conditioner}
+    return {name: module for name, module in parts.items() if module is not None}
+
+
+def _save_part(
+    module: nn.Module, folder: Path, live: Mapping[str, Tensor] | None, precision: torch.dtype | None
+) -> dict[str, str]:
+    """Config and weights of one part; gives the SHA-256 of each file."""
+    config = getattr(module, "config_dict", None)
+    if not isinstance(config, dict):
+        raise DarkroomError(f"this {type(module).__name__} has no config_dict: build it with darkroom.build to save it")
+    _write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    digests = {CONFIG: sha256_of(folder / CONFIG)}
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for state, file in ((module.state_dict(), WEIGHTS["ema"]), (live, WEIGHTS["live"])):
+        if state is None:
+            continue
+        tensors = {name: _stored(name, t, precision) if name in parameters else t for name, t in state.items()}
+        digests[file] = write_safetensors(folder / file, tensors)
+    return digests
+
+
+def _stored(name: str, tensor: Tensor, precision: torch.dtype | None) -> Tensor:
+    if precision is None or not tensor.is_floating_point():
+        return tensor
+    result = tensor.to(precision)
+    if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(result).all()):
+        raise DarkroomError(f"{name} holds values beyond the range of {precision}; save in bfloat16 or float32")
+    return result
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _keep_other_files(old: Path, new: Path, replaced: set[str]) -> None:
+    """Replacing a model must not delete notes or pictures that someone put beside it."""
+    if not old.is_dir():
+        return
+    for entry in old.iterdir():
+        if entry.name in replaced or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(str(entry), str(new / entry.name))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)

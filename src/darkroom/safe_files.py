@@ -1,0 +1,340 @@
+"""Reading files that may be damaged or hostile, and writing files that are either whole or absent.
+
+Reading: the header of a safetensors file is checked against the file before any memory is taken for tensors.
+Writing: everything goes to a temporary name beside its destination, is flushed to the disk and then renamed.
+Pickled checkpoints are read by `safe_pickle`, which executes nothing.
+torch is imported inside the functions that make tensors, so that headers can be looked at within milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darkroom.errors import DarkroomError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The limit of the format's own reference implementation.
+MAX_HEADER_BYTES = 100_000_000
+
+# safetensors dtype: (bytes per element, name in torch)
+_DTYPES = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U64": (8, "uint64"),
+    "U32": (4, "uint32"),
+    "U16": (2, "uint16"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+_DTYPE_NAMES = {torch_name: name for name, (_, torch_name) in _DTYPES.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `start` and `end` count bytes from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    @property
+    def numel(self) -> int:
+        return sum(entry.numel for entry in self.tensors.values())
+
+
+@contextlib.contextmanager
+def open_for_reading(path: Path) -> Iterator[tuple[io.BufferedReader, int]]:
+    """The open file and its size; what the operating system refuses becomes one line."""
+    if path.is_dir():
+        raise DarkroomError(f"{path} is a folder, a file was expected")
+    try:
+        with open(path, "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise DarkroomError(f"{path} does not exist; check the path") from None
+    except OSError as error:
+        raise DarkroomError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def read_json(path: Path | str, what: str = "JSON file") -> dict[str, Any]:
+    """A JSON object from a file; `what` names the file in messages."""
+    path = Path(path)
+    with open_for_reading(path) as (file, _):
+        data = file.read()
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DarkroomError(f"{path} is not a readable {what}: {error}") from None
+    if not isinstance(value, dict):
+        raise DarkroomError(f"{path} is not a readable {what}: it holds no JSON object")
+    return value
+
+
+def read_safetensors_header(path: Path | str) -> SafetensorsHeader:
+    """Names, shapes and places of all tensors, checked: they fill the file exactly, without gap or overlap."""
+    path = Path(path)
+    with open_for_reading(path) as (file, size):
+        return _parse_header(path, file, size)
+
+
+def _parse_header(path: Path, file: io.BufferedReader, size: int) -> SafetensorsHeader:
+    again = "copy or download it again"
+    if size < 8:
+        raise DarkroomError(f"{path} is not a safetensors file: it has {size} bytes; {again}")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > MAX_HEADER_BYTES:
+        raise DarkroomError(f"{path} is not a safetensors file (its first 8 bytes are no header length)")
+    if 8 + length > size:
+        raise DarkroomError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}; {again}")
+
+    def bad(problem: str) -> DarkroomError:
+        return DarkroomError(f"{path} is not a valid safetensors file: {problem}; {again}")
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise bad("its header names something twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError):
+        raise bad("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("its metadata is not a table of strings")
+
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise bad(f"tensor {name!r} lacks dtype, shape or data_offsets")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not (isinstance(entry["dtype"], str) and entry["dtype"] in _DTYPES):
+            raise bad(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+        if not (natural_numbers(shape) and natural_numbers(offsets) and len(offsets) == 2):
+            raise bad(f"tensor {name!r} has a shape or offsets that are not natural numbers")
+        if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[entry["dtype"]][0]:
+            raise bad(f"tensor {name!r} of shape {shape} does not fit its {offsets[1] - offsets[0]} bytes")
+        tensors[name] = TensorEntry(entry["dtype"], tuple(shape), 8 + length + offsets[0], 8 + length + offsets[1])
+
+    end = 8 + length
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            raise bad(f"tensor {name!r} does not begin where the one before it ends")
+        end = entry.end
+    if size < end:
+        raise DarkroomError(f"{path} is truncated: its header promises {end} bytes, the file has {size}; {again}")
+    if size > end:
+        raise bad(f"{size - end} bytes follow the last tensor")
+    return SafetensorsHeader(tensors, metadata)
+
+
+def natural_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+
+def read_safetensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors, on the CPU, in the dtype they are stored in. The header is checked before memory is taken."""
+    import torch
+
+    path = Path(path)
+    with open_for_reading(path) as (file, size):
+        header = _parse_header(path, file, size)
+        tensors: dict[str, Tensor] = {}
+        for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].start):
+            raw = _read_bytes(file, entry.start, entry.end - entry.start)
+            if raw is None:
+                raise DarkroomError(f"{path} became shorter while it was read; try again")
+            # A bool that is neither 0 nor 1 is undefined in C++, so bytes are compared instead of reinterpreted.
+            wanted = getattr(torch, _DTYPES[entry.dtype][1])
+            tensors[name] = ((raw != 0) if wanted == torch.bool else raw.view(wanted)).view(entry.shape)
+    return tensors
+
+
+def _read_bytes(file: io.BufferedReader, start: int, count: int) -> Tensor | None:
+    """(count,) uint8, or None when the file ends before."""
+    import torch
+
+    raw = torch.empty(count, dtype=torch.uint8)
+    file.seek(start)
+    view = raw.numpy().data
+    while view:
+        done = file.readinto(view)
+        if not done:
+            return None
+        view = view[done:]
+    return raw
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def save_error(path: Path, error: OSError) -> DarkroomError:
+    """What the operating system refused, as one line with the cure."""
+    cure = "choose another place with -o or --output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space or choose another place"
+    return DarkroomError(f"cannot save {path}: {error.strerror or error}; nothing was left behind, {cure}")
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A new hidden name in the same folder: a rename is only atomic within one file system."""
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path | str, data: bytes) -> None:
+    """Replace `path` by `data`, atomically: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = _temporary_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise save_error(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write one file (not atomic by itself: use it inside `new_folder`, which also flushes); gives its SHA-256.
+
+    Tensors are streamed one by one, so that no second copy of the model is held; equal input gives equal bytes.
+    """
+    import torch
+
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    # Widest elements first, as the reference implementation does: every tensor is then aligned to its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        stored = _DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+
+        def put(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(struct.pack("<Q", len(text)))
+        put(text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            put(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    path = Path(path)
+    with open_for_reading(path) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path | str, replaces: Callable[[Path], bool] = lambda old: False) -> Iterator[Path]:
+    """A temporary folder to fill; on success it takes the place of `destination` in one rename, else it vanishes.
+
+    A folder that is already there is replaced only if it is empty or `replaces(old)` agrees.
+    """
+    destination = Path(os.path.realpath(destination))
+    if destination.exists():
+        if not destination.is_dir():
+            raise DarkroomError(f"cannot save to {destination}: it is a file, a folder was expected")
+        if any(destination.iterdir()) and not replaces(destination):
+            raise DarkroomError(f"cannot save to {destination}: the folder holds other files; choose a new folder")
+    temporary = _temporary_beside(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in (*names, "."):
+                _sync(Path(folder) / name)
+        if destination.exists():
+            _exchange(temporary, destination)  # `temporary` now holds the old folder and is removed below
+        else:
+            os.rename(temporary, destination)
+        _sync(destination.parent)
+    except OSError as error:
+        raise save_error(destination, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: one atomic call on Linux; elsewhere three renames, the old folder restored on failure."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is not None:
+        at_current_folder, rename_exchange = -100, 2
+        if renameat2(at_current_folder, os.fsencode(one), at_current_folder, os.fsencode(other), rename_exchange) == 0:
+            return
+    aside = _temporary_beside(other)
+    os.rename(other, aside)
+    try:
+        os.rename(one, other)
+    except BaseException:
+        os.rename(aside, other)
+        raise
+    os.rename(aside, one)

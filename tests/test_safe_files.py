@@ -1,0 +1,353 @@
+"""Damaged and hostile files are refused with one line; files are written whole or not at all."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from darkroom.errors import DarkroomError
+from darkroom.safe_files import new_folder, read_safetensors, read_safetensors_header, write_file, write_safetensors
+from darkroom.safe_pickle import read_checkpoint
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "weight": torch.randn(4, 3, 3, 3, generator=g).to(memory_format=torch.channels_last),
+        "half": torch.randn(5, generator=g).half(),
+        "brain": torch.randn(2, 3, generator=g).bfloat16(),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False, True]),
+        "empty": torch.empty(0, 4),
+        "transposed": torch.randn(3, 5, generator=g).t(),
+        "unicode-é": torch.arange(3, dtype=torch.uint8),
+    }
+
+
+def one_line(error: pytest.ExceptionInfo[DarkroomError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- safetensors
+
+
+def test_safetensors_round_trip_and_reference_library(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    write_safetensors(ours, tensors(), {"note": "ü"})
+    save_file({k: v.contiguous() for k, v in tensors().items()}, theirs)
+    for read in (read_safetensors(ours), load_file(ours), read_safetensors(theirs)):
+        assert read.keys() == tensors().keys()
+        for name, value in tensors().items():
+            assert read[name].dtype == value.dtype and torch.equal(read[name], value), name
+    assert read_safetensors_header(ours).metadata == {"note": "ü"}
+    assert read_safetensors_header(ours).numel == sum(t.numel() for t in tensors().values())
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    digests = [write_safetensors(tmp_path / f"{i}", dict(order)) for i, order in enumerate(_two_orders())]
+    assert digests[0] == digests[1]
+
+
+def _two_orders() -> list[list[tuple[str, torch.Tensor]]]:
+    items = list(tensors().items())
+    return [items, items[::-1]]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 9, 60, -1])
+def test_truncated_safetensors(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, tensors())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DarkroomError) as error:
+        read_safetensors(path)
+    assert "m.safetensors" in one_line(error) and "download it again" in one_line(error)
+
+
+def header_file(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype: str, shape: list[Any], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (b"not json", b""),
+        ([1], b""),
+        (b"[" * 100_000, b""),
+        ({"a": entry("F32", [2**40], 0, 2**42)}, b"\0" * 8),  # promises terabytes
+        ({"a": entry("F32", [2], 0, 4)}, b"\0" * 4),  # shape and bytes disagree
+        ({"a": entry("F32", [-2], 0, 8)}, b"\0" * 8),
+        ({"a": entry("F32", [True], 0, 4)}, b"\0" * 4),
+        ({"a": entry("F32", [1.0], 0, 4)}, b"\0" * 4),
+        ({"a": entry("F99", [1], 0, 4)}, b"\0" * 4),
+        ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, b"\0" * 6),  # overlap
+        ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 5, 9)}, b"\0" * 9),  # gap
+        ({"a": entry("U8", [4], 0, 4)}, b"\0" * 9),  # something hidden behind
+        ({"a": {"dtype": "U8"}}, b""),
+        ({"__metadata__": {"a": 1}}, b""),
+        (
+            b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+            b"",
+        ),
+    ],
+)
+def test_hostile_headers(tmp_path: Path, header: Any, data: bytes) -> None:
+    path = header_file(tmp_path / "m.safetensors", header, data)
+    with pytest.raises(DarkroomError) as error:
+        read_safetensors(path)
+    one_line(error)
+
+
+def test_header_length_is_checked_before_memory_is_taken(tmp_path: Path) -> None:
+    for length in (2**63, 99_000_000):
+        with pytest.raises(DarkroomError):
+            read_safetensors_header(header_file(tmp_path / "m.safetensors", {}, length=length))
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(DarkroomError, match="does not exist"):
+        read_safetensors(tmp_path / "no.safetensors")
+    with pytest.raises(DarkroomError, match="is a folder"):
+        read_safetensors(tmp_path)
+
+
+# --- pickled checkpoints
+
+
+def test_checkpoint_equals_torch_load(tmp_path: Path) -> None:
+    shared = torch.arange(12.0)
+    content = {
+        "state_dict": OrderedDict(tensors() | {"view": shared[2:8].view(2, 3), "same": shared}),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "global_step": 7,
+        "big": 2**80,
+        "rate": 0.5,
+        "names": ["a", ("b", None, True)],
+        "raw": b"x",
+    }
+    path = tmp_path / "m.ckpt"
+    torch.save(content, path)
+    ours, theirs = read_checkpoint(path), torch.load(path, weights_only=True)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], value) and ours["state_dict"][name].dtype == value.dtype, name
+    assert torch.equal(ours["parameter"], torch.ones(2))
+    assert [ours[k] for k in ("global_step", "big", "rate", "names", "raw")] == [7, 2**80, 0.5, content["names"], b"x"]
+    assert (
+        ours["state_dict"]["view"].untyped_storage().data_ptr()
+        == ours["state_dict"]["same"].untyped_storage().data_ptr()
+    )
+
+
+def test_state_dict_of_a_module(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
+    torch.save(module.state_dict(), tmp_path / "m.pt")  # an OrderedDict with `_metadata`
+    read = read_checkpoint(tmp_path / "m.pt")
+    assert all(torch.equal(read[name], value) for name, value in module.state_dict().items())
+
+
+class Evil:
+    """Unpickling it would create the file that `mark` names."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("container", ["zip", "bare", "legacy"])
+def test_pickle_with_code_is_refused_by_name_and_not_run(tmp_path: Path, container: str, protocol: int) -> None:
+    path, mark = tmp_path / "evil.ckpt", tmp_path / "mark"
+    content = {"state_dict": {"w": torch.ones(2)}, "extra": Evil(mark)}
+    if container == "bare":
+        path.write_bytes(pickle.dumps(Evil(mark), protocol=protocol))
+    else:
+        if protocol < 2:
+            pytest.skip("torch.save needs protocol 2")
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=container == "zip")
+    with pytest.raises(DarkroomError) as error:
+        read_checkpoint(path)
+    assert "posix.system" in one_line(error) and "nothing was run" in one_line(error)
+    assert not mark.exists()
+
+
+def zip_with_pickle(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("m/data.pkl", program)
+        archive.writestr("m/data/0", b"\0" * 16)
+    return path
+
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+
+
+def tensor_program(offset: bytes, shape: bytes, stride: bytes) -> bytes:
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + offset + shape + stride + b"\x89}tR."
+
+
+def test_the_hand_written_tensor_program_is_valid(tmp_path: Path) -> None:
+    path = zip_with_pickle(tmp_path / "m.pt", tensor_program(b"K\0", b"K\x04\x85", b"K\x01\x85"))
+    assert torch.equal(read_checkpoint(path), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        tensor_program(b"K\x01", b"K\x04\x85", b"K\x01\x85"),  # one element beyond the storage
+        tensor_program(b"K\0", b"K\x02\x85", b"K\x09\x85"),  # stride beyond
+        tensor_program(b"J\xff\xff\xff\xff", b"K\x04\x85", b"K\x01\x85"),  # negative offset
+        tensor_program(b"K\0", b"J\0\0\0\x40\x85", b"K\0\x85"),  # a billion copies of one element
+        tensor_program(b"K\0", b"K\x04\x85", b"K\x01K\x01\x86"),  # ranks differ
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nK\x01R.",
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+        b"\x80\x02ccollections\nOrderedDict\n}}b.",  # state for a name
+        b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"K\x01s.",  # a dictionary key whose hash overflows the C stack
+        b"\x80\x02r\xff\xff\xff\x7f.",  # memo of two billion entries, empty stack
+        b"\x80\x02K\x01r\xff\xff\xff\x7f",  # no end
+        b"\x80\x02B\xff\xff\xff\x7fabc.",  # two gigabytes promised
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fabc.",
+        b"\x80\x02(ios\nsystem\n.",  # INST
+        b"\x80\x02X\x02\0\0\0osX\x06\0\0\0system\x93.",  # STACK_GLOBAL
+        b"\x80\x02ctorch\nload\n.",
+        b"\x80\x02cbuiltins\neval\n.",
+        b"\x80\x02\x82\x01.",  # extension registry
+        b"\x80\x02K\x00Q.",  # a persistent id that is no storage
+        b"\x80\x02(lK\x01sK\x02.",
+        b"",
+        b".",
+        b"\x80\x02t.",
+        b"\xff\xff",
+    ],
+)
+def test_hostile_pickles(tmp_path: Path, program: bytes) -> None:
+    with pytest.raises(DarkroomError) as error:
+        read_checkpoint(zip_with_pickle(tmp_path / "m.pt", program))
+    one_line(error)
+
+
+def test_every_truncation_is_one_line(tmp_path: Path) -> None:
+    torch.save({"w": torch.randn(8)}, tmp_path / "m.pt")
+    whole = (tmp_path / "m.pt").read_bytes()
+    for keep in range(0, len(whole), 37):
+        (tmp_path / "cut.pt").write_bytes(whole[:keep])
+        with pytest.raises(DarkroomError):
+            read_checkpoint(tmp_path / "cut.pt")
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape")
+def test_flipped_bytes_never_escape_the_reader(tmp_path: Path) -> None:
+    torch.save({"w": torch.randn(8), "names": ["a", {"b": (1, 2.0)}]}, tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        program = archive.read("m/data.pkl")
+    g = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        changed = bytearray(program)
+        for position in torch.randint(0, len(program), (3,), generator=g).tolist():
+            changed[position] = int(torch.randint(0, 256, (1,), generator=g))
+        with contextlib.suppress(DarkroomError):
+            read_checkpoint(zip_with_pickle(tmp_path / "changed.pt", bytes(changed)))
+
+
+def test_other_files_are_named(tmp_path: Path) -> None:
+    zip_with_pickle(tmp_path / "bomb.pt", b"\x80\x02N." + b"\0" * 10_000, zipfile.ZIP_DEFLATED)
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "none.pt").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("readme", "x")
+    with zipfile.ZipFile(zip_with_pickle(tmp_path / "script.pt", b"\x80\x02N."), "a") as archive:
+        archive.writestr("m/constants.pkl", b"\x80\x02).")
+    torch.save({"w": torch.ones(1)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    expected = {
+        "bomb": "compressed",
+        "text": "not a checkpoint",
+        "none": "empty",
+        "other": "not a torch checkpoint",
+        "script": "TorchScript",
+        "legacy": "before 1.6",
+    }
+    for name, words in expected.items():
+        with pytest.raises(DarkroomError, match=words):
+            read_checkpoint(tmp_path / f"{name}.pt")
+
+
+# --- writing
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Files of this name are /dev/full: the kernel itself answers that no space is left."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    original = builtins.open
+
+    def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "x" in mode and name in str(file):
+            return original("/dev/full", mode.replace("x", "w"), *args, **kwargs)
+        return original(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_)
+
+
+def test_write_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "a.bin"
+    write_file(path, b"old")
+    full_disk(monkeypatch, "a.bin")
+    with pytest.raises(DarkroomError, match="No space left on device"):
+        write_file(path, b"new" * 10_000)
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["a.bin"]
+
+
+def test_new_folder_replaces_in_one_step(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    for content in ("one", "two"):
+        with new_folder(target, replaces=lambda old: (old / "f").exists()) as temporary:
+            (temporary / "f").write_text(content)
+            assert not target.exists() or (target / "f").read_text() != content
+        assert (target / "f").read_text() == content
+    assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_new_folder_leaves_nothing_after_a_failure(tmp_path: Path, failure: type[BaseException]) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(failure), new_folder(tmp_path / "m") as temporary:
+        (temporary / "f").write_text("half")
+        raise failure
+    assert os.listdir(tmp_path) == ["m"] and os.listdir(tmp_path / "m") == []
+
+
+def test_new_folder_spares_folders_with_other_files(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_text("x")
+    with pytest.raises(DarkroomError, match="holds other files"), new_folder(tmp_path):
+        pass
+    with pytest.raises(DarkroomError, match="is a file"), new_folder(tmp_path / "photo.jpg"):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as temporary:
+        (temporary / "f").write_text("x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "f").exists()
+
+
+def test_without_the_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("darkroom.safe_files.ctypes.CDLL", lambda *args, **kwargs: object())
+    test_new_folder_replaces_in_one_step(tmp_path)
