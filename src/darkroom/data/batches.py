@@ -1,0 +1,157 @@
+"""Batches by step number. Nothing here has a state that a checkpoint would have to save.
+
+Shapes: B batch, C channels, H W image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from darkroom.data.transforms import crop_example, flip_example
+from darkroom.errors import DarkroomError
+
+Batch = dict[str, Any]
+
+
+class Examples(Protocol):
+    """What batches are made of: an `ImageDataset`, or latents that were computed from one."""
+
+    @property
+    def config(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> Batch:
+    """Examples -> batch: `image` float32 (B, C, H, W) in [-1, 1]; `moments` float32; `class_label` int64 (B,);
+    `segmentation` int64 (B, H, W); `text` and `boxes` lists of B."""
+    batch: Batch = {}
+    for field in examples[0]:
+        values = [example[field] for example in examples]
+        if field == "image":
+            batch[field] = torch.stack(values).float().div_(127.5).sub_(1)
+        elif field in ("segmentation", "moments"):
+            batch[field] = torch.stack(values)
+        elif field == "class_label":
+            batch[field] = torch.tensor(values, dtype=torch.int64)
+        else:
+            batch[field] = values
+    return batch
+
+
+class Batches:
+    """Shuffled epochs as a pure function of (seed, step): resuming needs nothing but the step.
+
+    batch_size: examples of one micro-batch on one rank. The stream of one epoch is cut into joint batches of
+    batch_size * world_size, of which each rank takes its slice: two ranks with 4 see what one with 8 sees. The remainder
+    of an epoch is dropped; a set smaller than a joint batch is repeated to fill it.
+    micro_batches: how many make a training step (gradient accumulation).
+    augment: apply the configuration's `flip` and `random_crop` (drawn from the seed and the batch number).
+    prefetch: prepare the next batch in a background thread; what is returned does not depend on it.
+    """
+
+    def __init__(
+        self,
+        dataset: Examples,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batches: int = 1,
+        augment: bool = True,
+        prefetch: bool = False,
+    ) -> None:
+        if batch_size < 1 or micro_batches < 1:
+            raise DarkroomError(f"batch_size={batch_size}, micro_batches={micro_batches}: both must be 1 or more")
+        if not len(dataset):
+            raise DarkroomError("the training set is empty; check the data source and its `exclude`")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size, self.micro_batches, self.augment = rank, world_size, micro_batches, augment
+        self.joint = batch_size * world_size
+        self.per_epoch = max(1, len(dataset) // self.joint)
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def epoch(self, train_step: int) -> float:
+        """Epochs done when this step begins."""
+        return train_step * self.micro_batches / self.per_epoch
+
+    def indices(self, train_step: int, micro: int = 0) -> list[int]:
+        """The examples of this rank's micro-batch."""
+        return self._indices(self._number(train_step, micro))
+
+    def batch_at(self, train_step: int, micro: int = 0) -> Batch:
+        """The batch of this rank for micro-batch `micro` of `train_step`."""
+        number = self._number(train_step, micro)
+        if self._pool is None:
+            return self._make(number)
+        if self._next is not None and self._next[0] == number:
+            batch = self._next[1].result()
+        else:
+            batch = self._make(number)
+        self._next = (number + 1, self._pool.submit(self._make, number + 1))
+        return batch
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = self._next = None
+
+    def _number(self, train_step: int, micro: int) -> int:
+        if not 0 <= micro < self.micro_batches or train_step < 0:
+            raise ValueError(f"step {train_step}, micro-batch {micro} of {self.micro_batches}")
+        return train_step * self.micro_batches + micro
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        wanted = self.per_epoch * self.joint
+        rounds = -(-wanted // len(self.dataset))
+        return np.concatenate([rng.permutation(len(self.dataset)) for _ in range(rounds)])[:wanted]
+
+    def _indices(self, number: int) -> list[int]:
+        epoch, place = divmod(number, self.per_epoch)
+        start = place * self.joint + self.rank * self.batch_size
+        return [int(i) for i in self._order(epoch)[start : start + self.batch_size]]
+
+    def _make(self, number: int) -> Batch:
+        examples = [self.dataset[i] for i in self._indices(number)]
+        if self.augment:
+            examples = self._augmented(examples, number)
+        return collate(examples)
+
+    def _augmented(self, examples: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+        config = self.dataset.config
+        crop = config.crop_width_height
+        if not config.flip and crop is None:
+            return examples
+        rng = np.random.default_rng([self.seed, 1, number])
+        draws = rng.random((self.joint, 3))[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        out = []
+        for example, (flip, right, down) in zip(examples, draws, strict=True):
+            if config.flip and flip < 0.5:
+                example = flip_example(example)
+            if crop is not None:
+                height, width = example["image"].shape[-2:]
+                x, y = int(right * (width - crop[0] + 1)), int(down * (height - crop[1] + 1))
+                example = crop_example(example, x, y, *crop)
+            out.append(example)
+        return out
+
+
+def ordered_batches(dataset: Examples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """The first `limit` examples (all by default) once, in order, without augmentation. The last batch may be smaller."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    for start in range(0, count, batch_size):
+        yield collate([dataset[i] for i in range(start, min(start + batch_size, count))])

@@ -1,0 +1,194 @@
+"""Where examples come from: `DataConfig`, `open_dataset`, and the datasets behind them.
+
+An example is a dict; its `image` is uint8 (C, H, W), its other fields are those of a batch:
+`text` str; `class_label` int; `boxes` float32 (n, 5) of class, x0, y0, x1, y1; `segmentation` int64 (H, W).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from darkroom.data import shapes
+from darkroom.errors import DarkroomError
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    source: "shapes" (or "shapes:single", "shapes:pair"), an image folder, a tar or tar.gz shard, a glob of shards, a folder of
+        shards, or a list of these.
+    size: what the network sees, pixels; an int for a square or (width, height).
+    channels: 3, or 1 for grey.
+    count: number of scenes of `shapes` in the train split (a tenth of it, 1000 at most, in validation).
+    validation: a share in [0, 1) of the examples, chosen by a hash of their keys; or a path or glob that holds them.
+        A source with its own train and validation parts (sub-folders or shard names) uses those instead of a share.
+    exclude: examples whose JSON metadata has one of these values under the key are left out: {"group": ["component"]}.
+    limit: use at most this many examples of a split (chosen by hash, not the first ones).
+    seed: of `shapes`.
+    flip: each example is mirrored with probability 1/2 when it is drawn for training.
+    random_crop: train on random rectangles of this size out of the `size` picture; an int or (width, height).
+    background: colour under transparent pixels.
+    captions: template that makes a text out of the class name, such as "a photo of a {label}"; replaces texts.
+    """
+
+    source: str | list[str] = "shapes"
+    size: int | tuple[int, int] = 64
+    channels: int = 3
+    count: int | None = None
+    validation: float | str = 0.05
+    exclude: dict[str, list[str]] = field(default_factory=dict)
+    limit: int | None = None
+    seed: int = 0
+    flip: bool = False
+    random_crop: int | tuple[int, int] | None = None
+    background: str = "white"
+    captions: str | None = None
+
+    @property
+    def width_height(self) -> tuple[int, int]:
+        return _pair(self.size, "size")
+
+    @property
+    def crop_width_height(self) -> tuple[int, int] | None:
+        """Size of the random crop, None without one. What the network sees in training is this or `width_height`."""
+        if self.random_crop is None:
+            return None
+        crop, full = _pair(self.random_crop, "random_crop"), self.width_height
+        if crop[0] > full[0] or crop[1] > full[1]:
+            raise DarkroomError(
+                f"random_crop {crop[0]}x{crop[1]} does not fit in size {full[0]}x{full[1]}; make the size larger"
+            )
+        return crop
+
+    @property
+    def is_shapes(self) -> bool:
+        return isinstance(self.source, str) and self.source.split(":")[0] == "shapes"
+
+
+def _pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
+        raise DarkroomError(f"{name}={value!r} is not a size; give one positive integer or [width, height]")
+    return (pair[0], pair[1])
+
+
+class ImageDataset(ABC):
+    """Examples by number. `fields` are those that every example has."""
+
+    fields: tuple[str, ...]
+    class_names: list[str]  # names of `class_label` and `segmentation` ids
+    box_names: list[str]  # names of the classes in `boxes`
+    problems: list[tuple[str, str]]  # what was left out: (name, reason)
+    digest: str  # changes when any example changes
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        self.config, self.split = config, split
+        self.class_names, self.box_names, self.problems = [], [], []
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of every image."""
+        return self.config.width_height
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def captions(self) -> list[str]:
+        """The texts of all examples in order; empty when they have none."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for the plan and the report."""
+        return {
+            "source": self.config.source,
+            "split": self.split,
+            "examples": len(self),
+            "size": list(self.size),
+            "channels": self.config.channels,
+            "fields": list(self.fields),
+            "classes": len(self.class_names),
+            "problems": len(self.problems),
+            "digest": self.digest,
+        }
+
+
+class ShapesDataset(ImageDataset):
+    """The procedural set. Nothing is stored: an example is drawn when it is asked for."""
+
+    COUNT = 20_000
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        super().__init__(config, split)
+        source = config.source if isinstance(config.source, str) else "shapes"
+        self.kind = source.partition(":")[2] or "mixed"
+        if self.kind not in ("mixed", "single", "pair"):
+            raise DarkroomError(f"source {source!r} does not exist; use shapes, shapes:single or shapes:pair")
+        if config.channels != 3:
+            raise DarkroomError(f"shapes have colours: channels={config.channels} is not possible; use channels=3")
+        if config.flip:
+            raise DarkroomError("shapes captions name sides, so mirrored images would contradict them; use flip=false")
+        if config.exclude or config.captions:
+            raise DarkroomError("shapes have no metadata and state their own captions; leave out `exclude` and `captions`")
+        count = self.COUNT if config.count is None else config.count
+        if split == "validation":
+            count = min(max(count // 10, 1), 1000)
+        self.count = count if config.limit is None else min(count, config.limit)
+        if self.count < 1:
+            raise DarkroomError("shapes without examples; set count (and limit) to 1 or more")
+        self.fields = ("image", "text", "class_label", "boxes", "segmentation")
+        self.class_names = list(shapes.SHAPES)
+        self.box_names = list(shapes.SHAPES)
+        identity = ["shapes", shapes.VERSION, config.seed, split, self.size, self.kind, self.count]
+        self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._captions: list[str] | None = None
+
+    def scene(self, index: int) -> shapes.Scene:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return shapes.draw_scene(index, self.config.seed, self.split, self.size, self.kind)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = self.scene(index)
+        pixels, labels = shapes.render(scene)
+        return {
+            "image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
+            "text": scene.caption,
+            "class_label": scene.class_label,
+            "boxes": torch.from_numpy(scene.boxes),
+            "segmentation": torch.from_numpy(labels).long(),
+        }
+
+    def captions(self) -> list[str]:
+        if self._captions is None:
+            self._captions = [self.scene(i).caption for i in range(self.count)]
+        return self._captions
+
+
+def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
+    """The examples of one split."""
+    if split not in SPLITS:
+        raise DarkroomError(f"split {split!r} does not exist; use train or validation")
+    _ = config.width_height, config.crop_width_height  # complain about impossible sizes before any file is read
+    if config.is_shapes:
+        return ShapesDataset(config, split)
+    raise DarkroomError(f"source {config.source!r} is unknown")
+
+
+def config_digest(config: DataConfig) -> str:
+    """Hash of a configuration."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
