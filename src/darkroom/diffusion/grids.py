@@ -15,7 +15,8 @@ from darkroom.errors import DarkroomError
 
 TABLE_SPACINGS = ("ddim", "quad", "trailing", "leading", "linspace")
 SNR_SPACINGS = ("karras", "exponential", "uniform_half_log_snr")
-SPACINGS = (*TABLE_SPACINGS, *SNR_SPACINGS, "linear")
+FLOW_SPACINGS = ("linear", "sd3")
+SPACINGS = (*TABLE_SPACINGS, *SNR_SPACINGS, *FLOW_SPACINGS)
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def make_grid(
 
     spacing: DDPM tables: `ddim` (LDM's `range(0, T, T // S) + 1`, more than S steps where S does not divide T), `quad`,
         `trailing` (begins at T-1; Lin et al. 2024), `leading`, `linspace`;
-        flow: `linear` in sigma, shifted;
-        any schedule: `karras` (Karras et al. 2022, eq. 5), `exponential` = `uniform_half_log_snr`.
+        flow: `linear` in sigma, shifted; `sd3` as the official SD3 code, whose end points are shifted twice;
+        any schedule: `trailing`, `karras` (Karras et al. 2022, eq. 5), `exponential` = `uniform_half_log_snr`.
     final: `clean` ends at sigma = 0, `first` at the lowest level of the schedule (LDM's last `alphas_prev`,
         alphas_cumprod[0]; for `karras` and the like: sigma_min). Default: `first` for `ddim` and `quad`, else `clean`.
     rho, sigma_min, sigma_max: of the spacings in SNR; sigma stands for sigma/alpha.
@@ -128,27 +129,47 @@ def make_grid(
         raise DarkroomError(f"cannot solve in {steps} steps; ask for at least 1")
     if final is None:
         final = "first" if spacing in ("ddim", "quad") else "clean"
+    if spacing == "trailing" and not isinstance(schedule, DDPMSchedule):
+        # The same idea without a table: even steps of time from its end, then the data.
+        spacing = "linear" if isinstance(schedule, FlowSchedule) else "exponential"
     if spacing in SNR_SPACINGS:
         return _snr_grid(schedule, steps, spacing, final, rho, sigma_min, sigma_max)
-    if spacing == "linear":
+    if spacing in FLOW_SPACINGS:
         if not isinstance(schedule, FlowSchedule):
-            raise DarkroomError("grid spacing 'linear' belongs to flow schedules; use 'trailing' or 'karras' here")
-        s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        s = schedule.shifted(s) if shift is None else shift * s / (1 + (shift - 1) * s)
-        return Grid(schedule.level(s * schedule.config.timesteps), schedule)
+            raise DarkroomError(f"grid spacing {spacing!r} belongs to flow schedules; use 'trailing' or 'karras' here")
+        return _flow_grid(schedule, steps, spacing, schedule.config.shift if shift is None else shift)
     if not isinstance(schedule, DDPMSchedule):
         other = "linear" if isinstance(schedule, FlowSchedule) else "karras"
         raise DarkroomError(f"grid spacing {spacing!r} belongs to DDPM tables; use {other!r} with this schedule")
     timesteps = schedule.config.timesteps
     if steps > timesteps:
         raise DarkroomError(f"{steps} steps are more than the schedule's {timesteps}; ask for at most {timesteps}")
-    times = _table_times(spacing, timesteps, steps)
+    # `linspace` reaches time 0 by itself: with `first` that is its last level.
+    times = _table_times(spacing, timesteps, steps + 1 if spacing == "linspace" and final == "first" else steps)
     if times[0] > timesteps - 1:
         raise DarkroomError(
             f"{steps} steps with spacing {spacing!r} run past the schedule's {timesteps} times; use spacing 'trailing'"
         )
-    last = torch.zeros(1, dtype=torch.float64) if final == "first" else torch.full((1,), -1.0, dtype=torch.float64)
-    return Grid(schedule.level(torch.cat([times, last])), schedule)
+    if final == "clean":
+        times = torch.cat([times, torch.full((1,), -1.0, dtype=torch.float64)])
+    elif times[-1] > 0:
+        times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+    elif spacing != "linspace":
+        raise DarkroomError(f"grid spacing {spacing!r} already ends at the lowest level; use final='clean'")
+    return Grid(schedule.level(times), schedule)
+
+
+def _flow_grid(schedule: FlowSchedule, steps: int, spacing: str, shift: float) -> Grid:
+    def shifted(s: Tensor) -> Tensor:
+        return shift * s / (1 + (shift - 1) * s)
+
+    if spacing == "linear":
+        s = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    else:
+        lowest = shifted(torch.tensor(1 / schedule.config.timesteps, dtype=torch.float64))
+        s = shifted(1 + (lowest - 1) * torch.linspace(0, 1, steps, dtype=torch.float64))
+        s = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
+    return Grid(schedule.level(s * schedule.config.timesteps), schedule)
 
 
 def _snr_grid(

@@ -187,7 +187,8 @@ class DDPMSchedule(NoiseSchedule):
         if prediction_type == "epsilon":
             vlb = betas**2 / (2 * variance * (1 - betas) * (1 - cumulative))
         elif prediction_type == "x0":
-            vlb = 0.5 * cumulative.sqrt() / (2 * (1 - cumulative))
+            # 2 - abar instead of 2 (1 - abar): the operator precedence of the official code, kept for its checkpoints.
+            vlb = 0.5 * cumulative.sqrt() / (2 - cumulative)
         else:
             # Stability's v models: no bound was implemented, the buffer holds ones.
             vlb = torch.ones_like(betas)

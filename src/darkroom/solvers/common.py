@@ -5,6 +5,7 @@ Shapes: x, x0 (B, ...); levels are scalars, so their numbers are Python floats i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -50,3 +51,39 @@ def transition_variance(here: NoiseLevel, there: NoiseLevel) -> float:
         return 0.0
     ratio = float(here.alpha) / alpha_next
     return max(float(here.sigma) ** 2 - (ratio * float(there.sigma)) ** 2, 0.0)
+
+
+def draw(noise: Noise | None, i: int, x: Tensor) -> Tensor:
+    """The i-th draw in the device and dtype of x."""
+    if noise is None:
+        raise ValueError("this solver draws noise with these options: pass `noise`")
+    return noise(i).to(x)
+
+
+def churned(
+    x: Tensor,
+    grid: Grid,
+    i: int,
+    noise: Noise | None,
+    churn: float,
+    churn_min: float,
+    churn_max: float,
+    churn_noise: float,
+) -> tuple[Tensor, NoiseLevel]:
+    """x raised to a noisier level before step i, and that level; Karras et al. 2022, alg. 2, lines 4-6.
+
+    r = sigma/alpha grows by 1 + min(S_churn/N, sqrt(2) - 1) where S_tmin <= r <= S_tmax. Pure noise cannot grow.
+    """
+    here = grid[i]
+    alpha, sigma = float(here.alpha), float(here.sigma)
+    if churn <= 0 or alpha == 0 or not churn_min <= sigma / alpha <= churn_max:
+        return x, here
+    growth = 1 + min(churn / grid.steps, math.sqrt(2) - 1)
+    raised = grid.schedule.level_at_half_log_snr(here.half_log_snr - math.log(growth))
+    # A table ends: the ratio is taken from the level that was found.
+    alpha_raised = float(raised.alpha)
+    added = (float(raised.sigma) / alpha_raised) ** 2 - (sigma / alpha) ** 2
+    if added <= 0:
+        return x, here
+    fresh = alpha_raised * math.sqrt(added) * churn_noise
+    return (alpha_raised / alpha) * x + fresh * draw(noise, i, x), raised

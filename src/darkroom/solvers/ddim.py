@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from darkroom.diffusion.grids import Grid
-from darkroom.solvers.common import Callback, Denoise, Noise, step_towards, transition_variance
+from darkroom.solvers.common import Callback, Denoise, Noise, draw, step_towards, transition_variance
 
 
 def ddim(
@@ -34,6 +34,5 @@ def ddim(
         kept = math.sqrt(max(sigma_next**2 - fresh**2, 0.0))
         x = step_towards(x, x0, here, there, kept)
         if fresh > 0:
-            assert noise is not None, "ddim with eta > 0 needs noise"
-            x = x + fresh * noise(i).to(x)
+            x = x + fresh * draw(noise, i, x)
     return x
