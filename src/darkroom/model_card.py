@@ -1,0 +1,115 @@
+"""The `README.md` of a model folder: what the model is, what it was made from, what it scored, what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from darkroom.report_tables import as_list, flatten, show
+
+TRAINING = {
+    "recipe": "recipe",
+    "base": "initialised from",
+    "steps": "steps",
+    "minutes": "minutes",
+    "hardware": "hardware",
+    "threads": "threads",
+    "seed": "seed",
+    "version": "Darkroom",
+}
+LIMITS = (
+    "It draws what its training pictures show and little else; look at its samples before you rely on it.",
+    "Pictures that were rare in the data, or few in all, may be reproduced nearly unchanged.",
+)
+
+
+def model_card(info: Mapping[str, Any]) -> str:
+    """Markdown for a model folder. Every key is optional:
+
+    name, description, tasks (list), image_size (width, height), channels, downsampling, latent_channels, conditioning
+    (list), classes (list), parameters ({part: count}), data ({name, count, source, licence, digest, ...} or a text),
+    recipe, base (what it was initialised from), steps ({stage: n}), minutes, hardware, threads, seed, version,
+    scores ({name: value}, {name: {value, protocol}} or [{name, value, protocol}]), prompts (examples),
+    limits (list), warnings (list), licence.
+    """
+    lines = [f"# {info.get('name') or 'Latent diffusion model'}", ""]
+    lines += [str(info.get("description") or "A latent diffusion model made with Darkroom."), ""]
+    if facts := _facts(info):
+        lines += ["| | |", "|---|---|", *(f"| {_cell(label)} | {_cell(value)} |" for label, value in facts), ""]
+    lines += ["## How to use it", "", *_usage(info), "", "## Data", "", *_data(info.get("data")), ""]
+    training = [row for key, label in TRAINING.items() if info.get(key) for row in flatten(info[key], label)]
+    if training:
+        lines += ["## Training", "", *(f"- {label}: {show(value)}" for label, value in training), ""]
+    lines += ["## Scores", ""]
+    if scores := _scores(info.get("scores")):
+        lines += ["| score | value | protocol |", "|---|---|---|"]
+        lines += [f"| {_cell(name)} | {show(value)} | {_cell(protocol)} |" for name, value, protocol in scores]
+    else:
+        lines.append("None measured.")
+    limits = (str(v) for v in (*as_list(info.get("limits")), *as_list(info.get("warnings")), *LIMITS))
+    lines += ["", "## Limits", "", *(f"- {limit}" for limit in dict.fromkeys(limits)), "", "## Licence", ""]
+    lines.append(str(info.get("licence") or "Not stated. The licence of the training data may bind the model."))
+    return "\n".join(lines) + "\n"
+
+
+def _facts(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    if tasks := as_list(info.get("tasks")):
+        rows.append(("tasks", ", ".join(map(str, tasks))))
+    if size := as_list(info.get("image_size")):
+        rows.append(("picture size in training", f"{size[0]} x {size[-1]}"))
+    labels = {"channels": "image channels", "downsampling": "downsampling f", "latent_channels": "latent channels"}
+    rows += [(label, info[key]) for key, label in labels.items() if info.get(key)]
+    if "conditioning" in info:
+        rows.append(("conditioning", ", ".join(map(str, as_list(info["conditioning"]))) or "none"))
+    if classes := as_list(info.get("classes")):
+        more = f" and {len(classes) - 40} more" if len(classes) > 40 else ""
+        rows.append(("classes", ", ".join(map(str, classes[:40])) + more))
+    if parameters := info.get("parameters"):
+        rows += flatten(parameters, "parameters")
+    return rows
+
+
+def _usage(info: Mapping[str, Any]) -> list[str]:
+    prompts, classes = as_list(info.get("prompts")), as_list(info.get("classes"))
+    if prompts or "text" in as_list(info.get("conditioning")):
+        prompt = str(prompts[0]) if prompts else "words like those of its captions"
+        shell, call = f' "{prompt}"', f'"{prompt}", '
+    elif classes:
+        shell, call = f' --class "{classes[0]}"', f'class_label="{classes[0]}", '
+    else:
+        shell, call = "", ""
+    return [
+        "```bash",
+        f"darkroom generate -m FOLDER{shell} --seed 0 -o picture.png",
+        "```",
+        "",
+        "```python",
+        "import darkroom",
+        "",
+        'model = darkroom.load("FOLDER")',
+        f"result = model.generate({call}seed=[0, 1, 2, 3])  # result.images: (4, H, W, C) uint8",
+        "```",
+    ]
+
+
+def _data(data: Any) -> list[str]:
+    if not isinstance(data, Mapping):
+        return [str(data) if data else "Not recorded."]
+    stated = {k: v for k, v in data.items() if k not in ("problems", "warnings") and v not in (None, "", [], {})}
+    lines = [f"- {label.replace('_', ' ')}: {show(value)}" for label, value in flatten(stated)]
+    if not data.get("licence"):
+        lines.append("- licence: not stated; ask the owner of the pictures before you pass this model on")
+    return lines
+
+
+def _scores(scores: Any) -> list[tuple[str, Any, str]]:
+    """Any accepted form of scores as (name, value, protocol)."""
+    if isinstance(scores, Mapping):
+        scores = [{"name": k, **(v if isinstance(v, Mapping) else {"value": v})} for k, v in scores.items()]
+    return [(str(s.get("name")), s.get("value"), str(s.get("protocol") or "not stated")) for s in as_list(scores)]
+
+
+def _cell(value: Any) -> str:
+    """Text that stays inside one Markdown table cell."""
+    return show(value).replace("|", "\\|").replace("\n", " ")
