@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
+from darkroom.first_stage.norm import group_norm, group_norm_silu
 from darkroom.first_stage.posterior import Posterior
 
 NORM_EPSILON = 1e-6
@@ -139,14 +140,14 @@ class Encoder(nn.Module):
                 stage.downsample = Downsample(width)
             self.down.append(stage)
         self.mid = Bottleneck(width, groups, config.dropout, config.bottleneck_attention)
-        self.norm_out = group_norm(width, groups)
+        self.norm_out = make_norm(width, groups)
         self.conv_out = nn.Conv2d(width, 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(group_norm_silu(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -170,14 +171,14 @@ class Decoder(nn.Module):
                 stage.upsample = Upsample(width)
             levels.insert(0, stage)
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width, groups)
+        self.norm_out = make_norm(width, groups)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(group_norm_silu(self.norm_out, x))
 
 
 class Level(nn.Module):
@@ -226,16 +227,16 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels, groups)
+        self.norm1 = make_norm(channels, groups)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = make_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(group_norm_silu(self.norm1, x))
+        h = self.conv2(self.dropout(group_norm_silu(self.norm2, h)))
         return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
 
 
@@ -244,7 +245,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = make_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -252,7 +253,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        h = self.norm(x)
+        h = group_norm(self.norm, x)
         # (B, C, H, W) -> (B, 1 head, H*W, C): a view where the memory format is channels_last.
         q, k, v = (conv(h).permute(0, 2, 3, 1).reshape(b, 1, height * width, c) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
@@ -281,5 +282,5 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+def make_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=NORM_EPSILON)
