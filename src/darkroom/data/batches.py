@@ -51,8 +51,8 @@ class Batches:
     """Shuffled epochs as a pure function of (seed, step): resuming needs nothing but the step.
 
     batch_size: examples of one micro-batch on one rank. The stream of one epoch is cut into joint batches of
-    batch_size * world_size, of which each rank takes its slice: two ranks with 4 see what one with 8 sees. The remainder
-    of an epoch is dropped; a set smaller than a joint batch is repeated to fill it.
+        batch_size * world_size, of which each rank takes its slice: two ranks with 4 see what one with 8 sees.
+        The remainder of an epoch is dropped; a set smaller than a joint batch is repeated to fill it.
     micro_batches: how many make a training step (gradient accumulation).
     augment: apply the configuration's `flip` and `random_crop` (drawn from the seed and the batch number).
     prefetch: prepare the next batch in a background thread; what is returned does not depend on it.
@@ -96,10 +96,8 @@ class Batches:
         number = self._number(train_step, micro)
         if self._pool is None:
             return self._make(number)
-        if self._next is not None and self._next[0] == number:
-            batch = self._next[1].result()
-        else:
-            batch = self._make(number)
+        ready = self._next is not None and self._next[0] == number
+        batch = self._next[1].result() if self._next is not None and ready else self._make(number)
         self._next = (number + 1, self._pool.submit(self._make, number + 1))
         return batch
 
@@ -151,7 +149,7 @@ class Batches:
 
 
 def ordered_batches(dataset: Examples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """The first `limit` examples (all by default) once, in order, without augmentation. The last batch may be smaller."""
+    """The first `limit` examples (default: all) once, in order, not augmented. The last batch may be smaller."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     for start in range(0, count, batch_size):
         yield collate([dataset[i] for i in range(start, min(start + batch_size, count))])

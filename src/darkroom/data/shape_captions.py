@@ -30,7 +30,12 @@ from darkroom.errors import DarkroomError
 
 POSITIONS = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
-OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above"}
+OPPOSITE = {
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "above": "below",
+    "below": "above",
+}
 
 _OBJECT = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(POSITIONS)})| ({'|'.join(RELATIONS)}) {_OBJECT})?")
@@ -49,7 +54,7 @@ class CaptionObject:
 
 @dataclass(frozen=True)
 class Caption:
-    """The content of a caption: one object with or without a position, or two with a relation (first RELATION second)."""
+    """The content of a caption: one object, perhaps with a position, or two with a relation (first RELATION second)."""
 
     objects: tuple[CaptionObject, ...]
     position: str | None = None

@@ -1,11 +1,11 @@
 """Does an image show what a `shapes` caption says? Fixed pixel rules, no learned parts.
 
 1. Background: the median colour of the border. Foreground: pixels further than FOREGROUND from it.
-2. Every foreground pixel takes the nearest palette colour; what is left of each colour after one erosion makes the cores of objects.
-   Cores grow back over the foreground, so touching objects of different colours come apart.
+2. Every foreground pixel takes the nearest palette colour; what is left of each colour after one erosion makes the
+   cores of objects. Cores grow back over the foreground, so touching objects of different colours come apart.
 3. Colour of an object: nearest palette entry to the median of its core.
-4. Shape: the pixels' soft coverage (how far from background to that colour) gives area and centroid, which blur does not change;
-   each ideal shape is rendered with this area and centroid, and the one with the highest soft IoU is the answer.
+4. Shape: the pixels' soft coverage (how far from background to that colour) gives area and centroid, which blur does
+   not change; each ideal shape is rendered with them, and the one with the highest soft IoU is the answer.
 5. Position: centre of the fitted shape, by the rules in `shape_captions`.
 
 An image passes if it has exactly the objects that the caption names, nothing else, where the caption says.
@@ -47,9 +47,10 @@ class FoundObject:
 class CheckResult:
     """Verdict on one image. True in a condition when everything is as the caption says.
 
-    count_ok: as many objects as named; colour_ok, shape_ok: these colours or shapes, each as often as named (whichever object
-    wears them); ok also needs colour and shape on the same object. position_ok: position or relation holds for the objects that
-    the caption names; it needs them to be found.
+    count_ok: as many objects as named.
+    colour_ok, shape_ok: these colours or shapes, each as often as named, whichever object has them; ok also needs
+    colour and shape on the same object.
+    position_ok: position or relation holds for the objects that the caption names; it needs them to be found.
     """
 
     ok: bool
@@ -131,7 +132,7 @@ def find_objects(image: np.ndarray) -> tuple[FoundObject, ...]:
 
 
 def _cores(pixels: np.ndarray, foreground: np.ndarray, least: float) -> np.ndarray:
-    """(H, W) integers: 0, or the number of the core that the pixel is in. A core has one palette colour and `least` pixels."""
+    """(H, W) integers: 0, or the number of the core a pixel is in. A core has one palette colour and `least` pixels."""
     y, x = np.nonzero(foreground)
     colour = np.full(foreground.shape, -1)
     # argmin |p - c|^2 = argmin |c|^2 - 2 p.c

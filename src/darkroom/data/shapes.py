@@ -1,8 +1,9 @@
 """`shapes`: procedural scenes of coloured shapes with caption, class, boxes and label map, exact by construction.
 
-Scene (seed, split, index) is always the same; no file is needed. Lengths below are for a 64x64 image and grow with min(W, H)/64:
-one object of 18..30 px or two of 16..24 px on a plain background. What captions can say and which combinations the train and
-validation splits leave out: `shape_captions`. Whether an image shows what a caption says: `check_caption`.
+Scene (seed, split, index) is always the same; no file is needed. Lengths below are for a 64x64 image and grow with
+min(W, H)/64: one object of 18..30 px or two of 16..24 px on a plain background. What captions can say and which
+combinations the train and validation splits leave out: `shape_captions`. Whether an image shows what a caption says:
+`check_caption`.
 
 Margins that make every caption unambiguous: a centre stays 1.5 px away from the lines at one and two thirds;
 the two objects of a pair are >= 22 px apart along their axis, <= 8 px across it, and never closer than 3 px.
@@ -103,7 +104,7 @@ class Scene:
 def draw_scene(
     index: int, seed: int = 0, split: str = "train", size: tuple[int, int] = (64, 64), kind: str = "mixed"
 ) -> Scene:
-    """Scene number `index` of a split. kind: "single", "pair" or "mixed" (PAIR_SHARE of pairs). size: (width, height)."""
+    """Scene number `index` of a split. kind: "single", "pair" or "mixed" (PAIR_SHARE pairs). size: (width, height)."""
     if min(size) < SMALLEST:
         raise DarkroomError(f"shapes of {size[0]}x{size[1]} cannot be told apart; use {SMALLEST}x{SMALLEST} or more")
     rng = np.random.default_rng([seed, SPLITS[split], index])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ SPLITS = ("train", "validation")
 class DataConfig:
     """What to train on.
 
-    source: "shapes" (or "shapes:single", "shapes:pair"), an image folder, a tar or tar.gz shard, a glob of shards, a folder of
-        shards, or a list of these.
+    source: "shapes" (or "shapes:single", "shapes:pair"), an image folder, a tar or tar.gz shard, a glob of shards, a
+        folder of shards, or a list of these.
     size: what the network sees, pixels; an int for a square or (width, height).
     channels: 3, or 1 for grey.
     count: number of scenes of `shapes` in the train split (a tenth of it, 1000 at most, in validation).
@@ -140,7 +140,7 @@ class ShapesDataset(ImageDataset):
         if config.flip:
             raise DarkroomError("shapes captions name sides, so mirrored images would contradict them; use flip=false")
         if config.exclude or config.captions:
-            raise DarkroomError("shapes have no metadata and state their own captions; leave out `exclude` and `captions`")
+            raise DarkroomError("shapes have their own captions and no metadata; leave out `exclude` and `captions`")
         count = self.COUNT if config.count is None else config.count
         if split == "validation":
             count = min(max(count // 10, 1), 1000)
@@ -186,9 +186,6 @@ def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
     _ = config.width_height, config.crop_width_height  # complain about impossible sizes before any file is read
     if config.is_shapes:
         return ShapesDataset(config, split)
-    raise DarkroomError(f"source {config.source!r} is unknown")
+    from darkroom.data.pictures import PictureDataset  # it builds on this module
 
-
-def config_digest(config: DataConfig) -> str:
-    """Hash of a configuration."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+    return PictureDataset(config, split)

@@ -15,12 +15,13 @@ from darkroom.errors import DarkroomError
 
 RULE = """\
 1. Rotate and mirror as the EXIF orientation says.
-2. Samples of 16 bits are scaled by 255/65535 and rounded to 8. Palettes are resolved; CMYK, YCbCr, Lab and HSV become RGB.
+2. Samples of 16 bits are scaled by 255/65535 and rounded to 8. Palettes are resolved; CMYK, YCbCr, Lab become RGB.
 3. Transparent pictures are composited over the background colour.
 4. channels=3: grey is replicated. channels=1: colour becomes luma (ITU-R 601).
 5. The largest centred rectangle with the target's aspect ratio is kept.
 6. That rectangle is resized to the target with a Lanczos filter, also when it grows.
-Label maps take steps 1, 5 and 6 with nearest neighbour; boxes take step 5, are clipped, and are dropped when nothing is left of them.
+Label maps take steps 1, 5 and 6 with nearest neighbour. Boxes take step 5, are clipped, and are dropped when nothing is
+left of them.
 """
 # Part of every cache key. Raise it when a step above changes.
 RULE_VERSION = 1
@@ -43,9 +44,7 @@ def to_eight_bits(image: Image.Image, channels: int = 3, background: str = "whit
     if image.mode == "RGBA":
         under = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(under, image)
-    if image.mode in ("1", "L"):
-        image = image.convert("L")
-    else:
+    if image.mode not in ("1", "L"):
         image = image.convert("RGB")
     return image.convert("RGB" if channels == 3 else "L")
 
@@ -58,9 +57,7 @@ def crop_box(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float,
     return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
 
 
-def to_network(
-    image: Image.Image, size: tuple[int, int], channels: int = 3, background: str = "white"
-) -> np.ndarray:
+def to_network(image: Image.Image, size: tuple[int, int], channels: int = 3, background: str = "white") -> np.ndarray:
     """The whole RULE: uint8 (C, H, W) for a target of (width, height)."""
     image = to_eight_bits(image, channels, background)
     if image.size != size:

@@ -1,0 +1,146 @@
+"""Pictures at the edges: reading one for an edit, writing PNGs whole or not at all, grids and contact sheets."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from darkroom.data.transforms import to_eight_bits, to_network
+from darkroom.errors import DarkroomError
+from darkroom.safe_files import write_file
+
+
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, channels: int = 3, background: str = "white"
+) -> np.ndarray:
+    """A picture by the rule of `transforms`, uint8 (H, W, C); without a size (width, height) steps 5 and 6 are left out."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise DarkroomError(f"{path} is a folder; name a picture file")
+    if not path.exists():
+        raise DarkroomError(f"{path}: no such file; check the path of the picture")
+    try:
+        with Image.open(path) as picture:
+            if size is not None:
+                return np.ascontiguousarray(to_network(picture, size, channels, background).transpose(1, 2, 0))
+            pixels = np.array(to_eight_bits(picture, channels, background))
+    except DarkroomError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DarkroomError(
+            f"{path} is not a picture that can be read ({reason}); use a PNG, JPEG or WebP file"
+        ) from None
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def to_picture(image: Image.Image | np.ndarray) -> Image.Image:
+    """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as a Pillow image."""
+    if isinstance(image, Image.Image):
+        return image
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise ValueError(f"a picture is uint8 (H, W, C), got {pixels.dtype} {pixels.shape}")
+    return Image.fromarray(
+        np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    )
+
+
+def png_bytes(image: Image.Image | np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """PNG file content with text chunks (international text, so any Unicode)."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value)
+    buffer = io.BytesIO()
+    to_picture(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write_png(path: str | Path, image: Image.Image | np.ndarray, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG atomically: under a temporary name, flushed, renamed. On failure nothing is left behind."""
+    write_file(Path(path), png_bytes(image, text))
+
+
+def write_image(image: Image.Image | np.ndarray, path: str | Path) -> None:
+    """`write_png` without text."""
+    write_png(path, image)
+
+
+def image_grid(
+    images: np.ndarray | Sequence[np.ndarray | Image.Image], columns: int | None = None, padding: int = 2
+) -> Image.Image:
+    """Pictures in rows, each in a cell of the largest size; uint8 (B, H, W, C) or a sequence. By default a square."""
+    pictures = [to_picture(image) for image in images]
+    if not pictures:
+        raise ValueError("a grid needs at least one picture")
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    rows = math.ceil(len(pictures) / columns)
+    mode = "L" if all(p.mode == "L" for p in pictures) else "RGB"
+    size = (columns * (width + padding) - padding, rows * (height + padding) - padding)
+    grid = Image.new(mode, size, "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        grid.paste(picture.convert(mode), (column * (width + padding), row * (height + padding)))
+    return grid
+
+
+def contact_sheet(
+    images: Sequence[Any], captions: Sequence[str] | None = None, columns: int = 8, class_names: Sequence[str] = ()
+) -> Image.Image:
+    """What the network sees, with what it is told.
+
+    images: examples of a dataset, or pictures (uint8 (H, W, C) arrays or Pillow images) with their captions. Examples
+        show their text, else their class (by name when `class_names` has one), and their boxes as outlines.
+    """
+    if not len(images):
+        raise ValueError("a contact sheet needs at least one picture")
+    shown: list[Image.Image] = []
+    words: list[str] = []
+    for place, item in enumerate(images):
+        words.append(captions[place] if captions is not None else _words(item, class_names))
+        shown.append(_example_picture(item) if isinstance(item, dict) else to_picture(item).convert("RGB"))
+    # Small pictures are shown enlarged by whole factors, so that pixels stay pixels.
+    cell = max(p.width for p in shown)
+    factor = max(1, 128 // cell)
+    shown = [p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST) for p in shown]
+    cell = max(p.width for p in shown)
+    font = ImageFont.load_default(11)
+    lines = [textwrap.wrap(w, max(8, cell * 10 // 58))[:4] for w in words]
+    strip = 14 * max((len(x) for x in lines), default=0)
+    cells = []
+    for picture, text in zip(shown, lines, strict=True):
+        tile = Image.new("RGB", (cell, max(p.height for p in shown) + strip), "white")
+        tile.paste(picture)
+        ImageDraw.Draw(tile).multiline_text((1, picture.height + 1), "\n".join(text), "black", font, spacing=1)
+        cells.append(tile)
+    return image_grid(cells, min(columns, len(cells)), padding=6)
+
+
+def _words(item: Any, class_names: Sequence[str]) -> str:
+    if not isinstance(item, dict):
+        return ""
+    if "text" in item:
+        return str(item["text"])
+    if "class_label" not in item:
+        return ""
+    number = int(item["class_label"])
+    return class_names[number] if number < len(class_names) else f"class {number}"
+
+
+def _example_picture(example: dict[str, Any]) -> Image.Image:
+    pixels = example["image"].permute(1, 2, 0).numpy()
+    picture = to_picture(pixels).convert("RGB")
+    if len(example.get("boxes", ())):
+        draw = ImageDraw.Draw(picture)
+        for _, x0, y0, x1, y1 in example["boxes"].tolist():
+            corners = (x0 * picture.width, y0 * picture.height, x1 * picture.width - 1, y1 * picture.height - 1)
+            draw.rectangle(corners, outline=(255, 0, 255))
+    return picture

@@ -1,0 +1,315 @@
+"""`PictureDataset`: the examples of image folders and shards, decoded by the one rule of `transforms`.
+
+Shapes: N examples, C channels, H W image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from darkroom.data.records import Reading, Record, read_parts, read_whole, reason_of
+from darkroom.data.sources import DataConfig, ImageDataset
+from darkroom.data.transforms import RULE_VERSION, crop_box, crop_boxes, labels_to_network, to_network
+from darkroom.errors import DarkroomError
+
+IN_MEMORY_BYTES = 1_500_000_000  # decoded sets up to this size are decoded once, when they are opened
+
+Decoded = tuple[np.ndarray, np.ndarray | None, np.ndarray]  # image (C,H,W), label map (H,W), boxes (n,5)
+
+
+class PictureDataset(ImageDataset):
+    """Pictures with what stands beside them.
+
+    Small sets are decoded at once; pictures that cannot be read are left out and listed in `problems`. Large sets are
+    decoded on access; there the next readable picture takes the place of an unreadable one.
+    A field belongs to the set when at least half of the examples have it: without a text or boxes an example then has
+    empty ones, without a class or label map it is left out.
+    """
+
+    def __init__(self, config: DataConfig, split: str, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
+        super().__init__(config, split)
+        reading, names_from = _split(config, split)
+        self.problems += reading.problems
+        self._keep(reading.records, names_from)
+        self.fields = ("image", *self._extra)
+        width, height = self.size
+        maps = "segmentation" in self._extra
+        self.in_memory = len(self._records) * width * height * (config.channels + maps) <= in_memory_bytes
+        if self.in_memory:
+            self._decode_all()
+        elif all(isinstance(self._try(r), str) for r in self._records[:8]):
+            self._nothing_readable(self._try(self._records[0]))
+        self.digest = self._digest()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self._records):
+            raise IndexError(index)
+        if self.in_memory:
+            image, maps, boxes = self._images[index], self._maps[index] if self._maps is not None else None, None
+            if "boxes" in self._extra:
+                boxes = self._boxes[index]
+        else:
+            index, (image, maps, boxes) = self._next_readable(index)
+        example: dict[str, Any] = {"image": torch.from_numpy(image)}
+        record = self._records[index]
+        if "text" in self._extra:
+            example["text"] = record.text or ""
+        if "class_label" in self._extra:
+            example["class_label"] = record.label
+        if "boxes" in self._extra:
+            example["boxes"] = torch.from_numpy(boxes)
+        if "segmentation" in self._extra:
+            example["segmentation"] = torch.from_numpy(maps).long()
+        return example
+
+    def captions(self) -> list[str]:
+        return [r.text or "" for r in self._records] if "text" in self._extra else []
+
+    def key(self, index: int) -> str:
+        """The name of an example inside its source."""
+        return self._records[index].key
+
+    # --- opening ---
+
+    def _keep(self, records: list[Record], names_from: list[Reading]) -> None:
+        """Decide on the fields, number the classes, and leave out what lacks a needed field."""
+        count = len(records)
+        has = {
+            "text": sum(r.text is not None for r in records),
+            "class_label": sum(r.label is not None for r in records),
+            "boxes": sum(r.boxes is not None for r in records),
+            "segmentation": sum(r.segmentation is not None for r in records),
+        }
+        fields = {name for name, n in has.items() if n and n * 2 >= count}
+        named = next((r for r in names_from if r.class_names is not None), None)
+        if named is not None:
+            self.class_names, self.box_names = list(named.class_names or []), list(named.box_names or [])
+        elif "class_label" in fields:
+            self.class_names = self.box_names = _names([r.label for part in names_from for r in part.records])
+        if self.config.captions is not None:
+            self._write_captions(records, fields)
+        kept = []
+        for record in records:
+            if "class_label" in fields:
+                number = _class_number(record.label, self.class_names)
+                if number is None:
+                    reason = "no class" if record.label is None else f"class {record.label!r} is not among the names"
+                    self.problems.append((record.name, reason))
+                    continue
+                record.label = number
+            if "segmentation" in fields and record.segmentation is None:
+                self.problems.append((record.name, "no label map"))
+                continue
+            kept.append(record)
+        if count and not kept:
+            self._nothing_readable(self.problems[-1][1])
+        self._records = kept
+        self._extra = [f for f in has if f in fields]
+
+    def _write_captions(self, records: list[Record], fields: set[str]) -> None:
+        template = str(self.config.captions)
+        if "{label}" not in template:
+            raise DarkroomError(
+                f"captions template {template!r} has no {{label}}; write for example 'a photo of a {{label}}'"
+            )
+        if "class_label" not in fields and records:
+            raise DarkroomError(f"{self.config.source}: no classes for the captions template; leave `captions` out")
+        for record in records:
+            number = _class_number(record.label, self.class_names)
+            if number is not None:
+                record.text = template.replace("{label}", self.class_names[number].replace("_", " "))
+        fields.add("text")
+
+    # --- decoding ---
+
+    def _decode(self, record: Record) -> Decoded:
+        with Image.open(io.BytesIO(record.image.read())) as picture:
+            image = to_network(picture, self.size, self.config.channels, self.config.background)
+            turned = picture.getexif().get(0x0112, 1) >= 5
+            shape = picture.size[::-1] if turned else picture.size
+        maps = None
+        if "segmentation" in self._extra and record.segmentation is not None:
+            with Image.open(io.BytesIO(record.segmentation.read())) as picture:
+                maps = labels_to_network(picture, self.size)
+            if self.class_names and int(maps.max()) >= len(self.class_names):
+                raise ValueError(f"label map has id {int(maps.max())}, there are {len(self.class_names)} classes")
+        boxes = np.zeros((0, 5), np.float32)
+        if "boxes" in self._extra and record.boxes:
+            x0, y0, x1, y1 = crop_box(shape, self.size)
+            part = (x0 / shape[0], y0 / shape[1], x1 / shape[0], y1 / shape[1])
+            boxes = crop_boxes(_box_rows(record.boxes, self.box_names), part)
+        return image, maps, boxes
+
+    def _try(self, record: Record) -> Decoded | str:
+        """The decoded picture, or why there is none."""
+        try:
+            return self._decode(record)
+        except Exception as error:  # whatever a damaged file makes a decoder raise, it is only one picture
+            return reason_of(error)
+
+    def _decode_all(self) -> None:
+        width, height = self.size
+        count = len(self._records)
+        images = np.empty((count, self.config.channels, height, width), np.uint8)
+        maps = np.empty((count, height, width), np.uint8) if "segmentation" in self._extra else None
+        self._boxes: list[np.ndarray] = []
+        kept = []
+        for record, result in zip(self._records, _in_threads(self._try, self._records), strict=True):
+            if isinstance(result, str):
+                self.problems.append((record.name, result))
+                continue
+            images[len(kept)] = result[0]
+            if maps is not None:
+                maps[len(kept)] = result[1]
+            self._boxes.append(result[2])
+            kept.append(record)
+        if count and not kept:
+            self._nothing_readable(self.problems[-1][1])
+        self._records = kept
+        self._images = images[: len(kept)]
+        self._maps = maps[: len(kept)] if maps is not None else None
+
+    def _next_readable(self, index: int) -> tuple[int, Decoded]:
+        reason = ""
+        for place in range(len(self._records)):
+            at = (index + place) % len(self._records)
+            result = self._try(self._records[at])
+            if not isinstance(result, str):
+                return at, result
+            reason = result
+            if (self._records[at].name, reason) not in self.problems:
+                self.problems.append((self._records[at].name, reason))
+        self._nothing_readable(reason)
+
+    def _nothing_readable(self, reason: Any) -> Any:
+        raise DarkroomError(
+            f"{self.config.source}: none of its {len(self.problems) or 'first'} pictures can be used ({reason}); "
+            "check the files"
+        )
+
+    def _digest(self) -> str:
+        config = self.config
+        total = hashlib.sha256()
+        facts = [RULE_VERSION, self.size, config.channels, config.background, self.class_names, list(self._extra)]
+        total.update(json.dumps(facts).encode())
+        for index, record in enumerate(self._records):
+            content = [record.key, record.text, record.label, record.boxes]
+            total.update(json.dumps(content, default=str).encode())
+            if self.in_memory:
+                total.update(np.ascontiguousarray(self._images[index]).data)
+                if self._maps is not None:
+                    total.update(np.ascontiguousarray(self._maps[index]).data)
+            else:
+                blobs = [b.identity() for b in (record.image, record.segmentation) if b is not None]
+                total.update(json.dumps(blobs).encode())
+        return total.hexdigest()
+
+
+# --- choosing examples ------------------------------------------------------------------------------------------------
+
+
+def _split(config: DataConfig, split: str) -> tuple[Reading, list[Reading]]:
+    """The samples of a split after `exclude` and `limit`, and where class names come from (both splits share them)."""
+    train, validation = read_parts(config.source)
+    readings = [train, validation] if validation is not None else [train]
+    if isinstance(config.validation, str):
+        validation = read_whole(config.validation)
+        readings = [train, validation]
+    elif not 0 <= config.validation < 1:
+        raise DarkroomError(f"validation={config.validation} is not a share; give a number in [0, 1) or a path")
+    chosen = train if split == "train" else validation
+    if validation is None:  # the source does not divide itself
+        records = _share(train.records, float(config.validation), split)
+        chosen = Reading(records, train.problems, train.class_names, train.box_names)
+    assert chosen is not None
+    records = _without(chosen.records, config.exclude, readings)
+    if config.limit is not None and len(records) > config.limit:
+        within = {r.key for r in sorted(records, key=lambda r: _position(r.key + "#"))[: config.limit]}
+        records = [r for r in records if r.key in within][: config.limit]
+    if split == "train" and not records:
+        raise DarkroomError(
+            f"{config.source}: no training examples are left; check `exclude`, `limit` and `validation`"
+        )
+    return Reading(records, chosen.problems, chosen.class_names, chosen.box_names), readings
+
+
+def _position(key: str) -> float:
+    """A number in [0, 1) from the key alone, so that an example stays in its split when others come or go."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def _share(records: list[Record], share: float, split: str) -> list[Record]:
+    """The part of a split. With a share above 0 and two examples or more, neither part is empty."""
+    inside = {r.key for r in records if _position(r.key) < share}
+    keys = sorted({r.key for r in records}, key=_position)
+    if share > 0 and len(keys) > 1:
+        inside = (inside or {keys[0]}) - ({keys[-1]} if len(inside) == len(keys) else set())
+    return [r for r in records if (r.key in inside) == (split == "validation")]
+
+
+def _without(records: list[Record], exclude: dict[str, list[str]], readings: Iterable[Reading]) -> list[Record]:
+    if not exclude:
+        return records
+    known = {name for reading in readings for r in reading.records for name in r.metadata}
+    for name in exclude:
+        if name not in known:
+            have = ", ".join(sorted(known)) or "there is no metadata"
+            raise DarkroomError(f"exclude: no example has metadata {name!r} ({have}); correct the name")
+
+    def out(record: Record) -> bool:
+        for name, values in exclude.items():
+            value = record.metadata.get(name)
+            mine = value if isinstance(value, list) else [value]
+            if any(v is not None and str(v) in {str(x) for x in values} for v in mine):
+                return True
+        return False
+
+    return [r for r in records if not out(r)]
+
+
+def _names(labels: list[int | str | None]) -> list[str]:
+    """Class names when no file states them: names in alphabetical order, or numbers up to the highest."""
+    words = sorted({label for label in labels if isinstance(label, str)})
+    if words:
+        return words
+    return [str(n) for n in range(max((n for n in labels if isinstance(n, int)), default=-1) + 1)]
+
+
+def _class_number(label: int | str | None, names: list[str]) -> int | None:
+    if isinstance(label, str):
+        return names.index(label) if label in names else None
+    return label if label is not None and 0 <= label < len(names) else None
+
+
+def _box_rows(boxes: list[dict[str, Any]], names: list[str]) -> np.ndarray:
+    """float32 (n, 5): class, x0, y0, x1, y1."""
+    rows = []
+    for box in boxes:
+        number = box["cls"] if "cls" in box else names.index(box["class"])
+        x0, y0, x1, y1 = (float(v) for v in box["bbox"])
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise ValueError(f"box {box['bbox']} is not x0, y0, x1, y1 in [0, 1]")
+        if names and not 0 <= number < len(names):
+            raise ValueError(f"box class {number} is not among the {len(names)} names")
+        rows.append((number, x0, y0, x1, y1))
+    return np.array(rows, np.float32).reshape(-1, 5)
+
+
+def _in_threads(function: Any, items: list[Any], chunk: int = 256) -> Iterator[Any]:
+    """map() in threads (Pillow decodes without the interpreter lock), never more than `chunk` results ahead."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(items), chunk):
+            yield from pool.map(function, items[start : start + chunk])

@@ -1,0 +1,358 @@
+"""What lies in folders and shards: `Record`s, read without decoding a picture.
+
+A sample is a picture and what stands beside it under the same name:
+    .txt      caption
+    .cls      class number
+    .seg.png  label map, one 8-bit channel of class numbers
+    .json     metadata, any keys; `text` or `caption`, `cls` or `label`, and `boxes`: a list of
+              {"cls" or "class", "bbox": [x0, y0, x1, y1] divided by width and height}
+In an image folder, `metadata.jsonl` (one object a line: `file_name`, `text`, any keys as in .json) takes the place of these;
+a picture without a class otherwise has the first sub-folder in its path as its class. In a tar shard (WebDataset) the name
+up to the first dot is the sample. `classes.json` beside shards or pictures states names:
+{"classes": [names], "boxes": {"classes": [names]}}.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from darkroom.errors import DarkroomError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+LABEL_MAP = ".seg.png"
+METADATA = "metadata.jsonl"
+# A part named in a sub-folder or shard: "clothing-train-00.tar", "val/", "camvid-test20.tar".
+_PART = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?=[-_.\d]|$)", re.IGNORECASE)
+_PART_OF = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that are read when needed: a file, a stretch of an uncompressed shard, or bytes already in memory."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read() if self.size is None else file.read(self.size)
+
+    def identity(self) -> list[Any]:
+        """Changes when the bytes may have changed."""
+        stat = os.stat(self.path)
+        return [os.path.basename(self.path), self.offset, self.size, stat.st_size, stat.st_mtime_ns]
+
+
+@dataclass
+class Record:
+    """One sample. `label` is a class number or a class name."""
+
+    key: str
+    name: str  # for people: where it is
+    image: Blob
+    text: str | None = None
+    label: int | str | None = None
+    boxes: list[dict[str, Any]] | None = None
+    segmentation: Blob | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Reading:
+    """All samples of a source and what is wrong with it."""
+
+    records: list[Record] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    class_names: list[str] | None = None
+    box_names: list[str] | None = None
+
+
+def read_parts(source: str | list[str]) -> tuple[Reading, Reading | None]:
+    """(train, validation) of a source; validation None when the source does not divide itself."""
+    locations = [source] if isinstance(source, str) else list(source)
+    if not locations:
+        raise DarkroomError("the data source is an empty list; name a folder or a tar shard")
+    train, validation = Reading(), Reading()
+    divided = False
+    for location in locations:
+        parts = _divide(location)
+        divided = divided or "validation" in parts
+        for part, reading in (("train", train), ("validation", validation)):
+            for path in parts.get(part, []):
+                _read_path(path, reading)
+    return train, validation if divided else None
+
+
+def read_whole(source: str) -> Reading:
+    """Everything at a path or glob, whatever its parts are called."""
+    reading = Reading()
+    for path in _expand(source):
+        shards = _shards_in(path) if path.is_dir() else []
+        for each in shards or [path]:
+            _read_path(each, reading)
+    return reading
+
+
+def _expand(location: str) -> list[Path]:
+    """The paths that a location names; it may be a glob."""
+    text = os.path.expanduser(location)
+    if not os.path.exists(text) and glob.has_magic(text):
+        paths = [Path(p) for p in sorted(glob.glob(text, recursive=True))]
+        if not paths:
+            raise DarkroomError(f"{location}: nothing matches this pattern; check the path")
+        return paths
+    if not os.path.exists(text):
+        raise DarkroomError(f"{location}: no such file or folder; check the path of the data")
+    return [Path(text)]
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(SHARD_SUFFIXES) and not p.name.startswith("."))
+
+
+def _divide(location: str) -> dict[str, list[Path]]:
+    """Paths by part. Only folders and globs divide themselves: a path that was named is used as a whole."""
+    paths = _expand(location)
+    if len(paths) == 1 and paths[0].is_dir():
+        folder = paths[0]
+        paths = _shards_in(folder)
+        if not paths:
+            children = [p for p in sorted(folder.iterdir()) if p.is_dir()]
+            if not any(_PART.fullmatch(p.name) and _part(p) == "train" for p in children):
+                return {"train": [folder]}
+            paths = [p for p in children if _PART.fullmatch(p.name)]
+    elif len(paths) == 1:
+        return {"train": paths}
+    parts: dict[str, list[Path]] = {}
+    for path in paths:
+        parts.setdefault(_part(path) or "train", []).append(path)
+    # A folder of nothing but validation or test shards is simply the data.
+    return parts if "train" in parts else {"train": paths}
+
+
+def _part(path: Path) -> str | None:
+    """ "train", "validation", "test" or None, from the last such word in the name."""
+    words = [m.group(1).lower() for m in _PART.finditer(path.name)]
+    return _PART_OF.get(words[-1], "test") if words else None
+
+
+def _read_path(path: Path, reading: Reading) -> None:
+    name = path.name.lower()
+    if path.is_dir():
+        _read_folder(path, reading)
+        _read_class_names(path / "classes.json", reading)
+    elif name.endswith(SHARD_SUFFIXES):
+        _read_shard(path, reading)
+        _read_class_names(path.parent / "classes.json", reading)
+    elif name.endswith(IMAGE_SUFFIXES):
+        raise DarkroomError(f"{path} is a single picture; name the folder that holds the pictures")
+    else:
+        raise DarkroomError(f"{path} is neither a folder of pictures nor a tar shard; name one of these")
+
+
+def _read_class_names(path: Path, reading: Reading) -> None:
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(n) for n in content["classes"]]
+        boxes = content.get("boxes")
+        box_names = [str(n) for n in boxes["classes"]] if isinstance(boxes, dict) else names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DarkroomError(f'{path} is not of the form {{"classes": ["name", ...]}}; correct or remove it') from None
+    if reading.class_names not in (None, names):
+        raise DarkroomError(f"{path} names other classes than the rest of the data; train on one set of classes")
+    reading.class_names, reading.box_names = names, box_names
+
+
+# --- image folders ----------------------------------------------------------------------------------------------------
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All visible files below a folder in a stable order. Links to folders are followed, but never in circles."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield from (Path(parent, f) for f in sorted(files) if not f.startswith("."))
+
+
+def _read_folder(folder: Path, reading: Reading) -> None:
+    files = list(_walk(folder))
+    names = {str(f) for f in files}
+    pictures = [f for f in files if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.lower().endswith(LABEL_MAP)]
+    if not pictures:
+        raise DarkroomError(
+            f"{folder}: no pictures ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}) and no tar shards in this folder; "
+            "put some in or name another folder"
+        )
+    listed = {f.parent: _read_metadata(f, reading) for f in files if f.name == METADATA}
+    tops = {f.relative_to(folder).parts[0] for f in pictures}
+    class_folders = len(tops) > 1 and all(len(f.relative_to(folder).parts) > 1 for f in pictures)
+    for picture in pictures:
+        relative = picture.relative_to(folder)
+        record = Record(relative.as_posix(), str(picture), Blob(str(picture)))
+        sheet = next((p for p in picture.parents if p in listed), None)
+        if sheet is not None:
+            row = listed[sheet].pop(picture.relative_to(sheet).as_posix(), None)
+            if row is None:
+                reading.problems.append((str(picture), f"not listed in {sheet / METADATA}"))
+                continue
+            _take_metadata(record, row)
+        else:
+            stem = str(picture.with_suffix(""))
+            beside = {s: Blob(stem + s) for s in (".txt", ".cls", ".json", LABEL_MAP) if stem + s in names}
+            try:
+                _take_fields(record, {s[1:]: blob for s, blob in beside.items()})
+            except (OSError, ValueError) as error:
+                reading.problems.append((str(picture), reason_of(error)))
+                continue
+        if record.label is None and class_folders:
+            record.label = relative.parts[0]
+        reading.records.append(record)
+    for sheet, rows in listed.items():
+        reading.problems += [(str(sheet / name), f"listed in {METADATA} but not there") for name in rows]
+
+
+def _read_metadata(path: Path, reading: Reading) -> dict[str, dict[str, Any]]:
+    """Rows of a metadata.jsonl by file name. Lines that cannot be read are problems."""
+    rows: dict[str, dict[str, Any]] = {}
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                rows[Path(row["file_name"]).as_posix()] = row
+            except (ValueError, KeyError, TypeError):
+                reading.problems.append((f"{path}:{number}", 'not a JSON object with "file_name"'))
+    return rows
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def _read_shard(path: Path, reading: Reading) -> None:
+    """Members of an uncompressed shard are left where they are; those of a compressed one are kept in memory."""
+    before = len(reading.records)
+    key: str | None = None
+    fields: dict[str, Blob] = {}
+
+    def finish() -> None:
+        if key is not None:
+            _add_sample(path, key, fields, reading)
+
+    for name, blob in _members(path, reading):
+        folder, base = os.path.split(name)
+        stem, _, ending = base.partition(".")
+        if base.startswith(".") or not ending:
+            continue
+        sample = f"{folder}/{stem}" if folder else stem
+        if sample != key:
+            finish()
+            key, fields = sample, {}
+        fields[ending.lower()] = blob
+    finish()
+    if len(reading.records) == before and not reading.problems:
+        raise DarkroomError(f"{path}: no pictures in this shard; its members should be named like 0001.jpg, 0001.txt")
+
+
+def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Blob]]:
+    """Files of a shard in order. A shard that ends too early gives what it has and is a problem."""
+    count = 0
+    try:
+        with open(path, "rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+        with tarfile.open(path, "r|gz" if compressed else "r:") as shard:
+            for member in shard:
+                if not member.isfile():
+                    continue
+                count += 1
+                name = member.name.removeprefix("./")
+                if compressed:
+                    stream = shard.extractfile(member)
+                    assert stream is not None  # a regular file
+                    yield name, Blob(str(path), member.offset_data, member.size, stream.read())
+                else:
+                    yield name, Blob(str(path), member.offset_data, member.size)
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if not count:
+            raise DarkroomError(f"{path} cannot be read as a tar shard ({reason_of(error)}); check the file") from None
+        reading.problems.append((str(path), f"ends too early: {reason_of(error)}"))
+
+
+def _add_sample(path: Path, key: str, fields: dict[str, Blob], reading: Reading) -> None:
+    name = f"{path}:{key}"
+    endings = [e for e in fields if f".{e}".endswith(IMAGE_SUFFIXES) and not f".{e}".endswith(LABEL_MAP)]
+    if not endings:
+        reading.problems.append((name, "no picture among its members"))
+        return
+    record = Record(key, f"{name}.{endings[0]}", fields[endings[0]])
+    try:
+        _take_fields(record, fields)
+    except (OSError, ValueError) as error:
+        reading.problems.append((name, reason_of(error)))
+        return
+    reading.records.append(record)
+
+
+# --- what stands beside a picture -------------------------------------------------------------------------------------
+
+
+def _take_fields(record: Record, fields: dict[str, Blob]) -> None:
+    """Fill a record from the members of its sample, by ending without the first dot."""
+    if "json" in fields:
+        content = json.loads(fields["json"].read().decode("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("its .json is not an object")
+        _take_metadata(record, content)
+    if "txt" in fields:
+        record.text = fields["txt"].read().decode("utf-8-sig", errors="replace").strip()
+    if "cls" in fields:
+        record.label = int(fields["cls"].read().decode("ascii"))
+    record.segmentation = fields.get(LABEL_MAP[1:])
+
+
+def _take_metadata(record: Record, content: dict[str, Any]) -> None:
+    record.metadata = content
+    for name in ("text", "caption"):
+        if isinstance(content.get(name), str):
+            record.text = content[name].strip()
+            break
+    for name in ("cls", "label"):
+        value = content.get(name)
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            record.label = value
+            break
+    if isinstance(content.get("boxes"), list):
+        record.boxes = content["boxes"]
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception as one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
