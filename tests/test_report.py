@@ -21,6 +21,15 @@ from darkroom.report import data_uri, evenly, write_report
 from darkroom.report_charts import Series, line_chart, linear_ticks, log_ticks, number, smooth, thin
 from darkroom.report_tables import flatten, show
 
+PLAN = {
+    "recipe": "shapes",
+    "images": 120,
+    "image_size": [64, 32],
+    "downsampling": 8,
+    "conditioning": ["text"],
+    "first_stage": None,
+    "denoiser": {"steps": 200},
+}
 VOID = {"meta", "img", "input", "br"}
 
 
@@ -75,13 +84,16 @@ def finished_run(tmp_path: Path) -> Path:
     Image.new("I;16", (16, 16), 40000).save(folder / "samples" / "first_stage-000100.png")
     Image.new("RGB", (900, 40)).save(folder / "samples" / "contact-sheet.png")
     (folder / "config.yaml").write_text("steps: 200  # <all>\n")
-    (folder / "plan.json").write_text(json.dumps({"f": 8, "warnings": ["few pictures"]}))
-    (folder / "data.json").write_text(json.dumps({"count": 120, "problems": [["bad.png", "truncated"]]}))
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    (folder / "data.json").write_text(
+        json.dumps({"examples": 120, "warnings": ["few pictures"], "problems": [["bad.png", "truncated"]]})
+    )
     summary = {
         "scores": {"psnr": {"value": 25.5, "protocol": "held out"}},
-        "minutes": {"first_stage": 1.0, "denoiser": 1.5},
-        "skipped_steps": {"first_stage": 0, "denoiser": 2},
-        "rollbacks": 1,
+        "minutes": 2.5,
+        "first_stage_skipped_steps": 0,
+        "denoiser_skipped_steps": 2,
+        "denoiser_rollbacks": 1,
         "threads": 2,
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -100,7 +112,8 @@ def test_report_of_a_complete_run(finished_run: Path) -> None:
         "few pictures",
         "1 file could not be read and was left out",
         "2 steps in the denoiser skipped",
-        "1 return to a checkpoint",
+        "1 return to a checkpoint in the denoiser",
+        "Recipe shapes · 120 images of 64×32 · f = 8 · conditioned on text",
         "a <red> circle",
         "steps: 200  # <all>",
         "25.5",

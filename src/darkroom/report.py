@@ -5,9 +5,11 @@
     config.yaml     the resolved settings
     plan.json       what was decided before training (sizes, steps, memory, hours)
     metrics.jsonl   one JSON object per line: stage, train_step, loss, ...
-    samples/        {stage}-{train_step}.png (first stage: reconstructions; denoiser: generated), contact-sheet.png
-    data.json       description of the data: counts, problems (skipped files), warnings
-    summary.json    scores, minutes, hardware, threads, versions, skipped steps, roll-backs
+    samples/        first_stage-{train_step}.png: rows of pictures, their reconstructions and the errors;
+                    denoiser-{train_step}.png: generated pictures, with a PNG text `captions` (JSON list);
+                    contact-sheet.png: what the network sees
+    data.json       description of the data: examples, problems (skipped files), warnings
+    summary.json    scores, minutes, hardware, threads, versions, {stage}_skipped_steps, {stage}_rollbacks
 """
 
 from __future__ import annotations
@@ -129,7 +131,7 @@ def _mapping(file: Path) -> dict[str, Any]:
 def render(run: Run) -> str:
     """The whole page, in the order of a reader's questions: what came out, can I trust it, how did it go, what went in,
     how do I repeat it."""
-    name = str(run.plan.get("name") or run.summary.get("name") or run.folder.resolve().name)
+    name = run.folder.resolve().name
     sections = [
         ("warnings", "", warnings_section(run)),
         *((stage, stage_title(stage), stage_section(run, stage)) for stage in run.stages),
@@ -155,22 +157,35 @@ def stage_title(stage: str) -> str:
 def headline(run: Run, name: str) -> str:
     """Title, one line about the run, the numbers that matter, and the last pictures."""
     parts = [f'<p class="kicker">Darkroom training report</p><h1>{escape(name)}</h1>']
-    if about := run.plan.get("headline") or run.summary.get("headline"):
-        parts.append(f'<p class="about">{escape(str(about))}</p>')
+    if about := about_line(run.plan):
+        parts.append(f'<p class="about">{escape(about)}</p>')
     tiles = [f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in key_numbers(run)]
     if tiles:
         parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
     for stage, what in (("denoiser", "Generated pictures"), ("first_stage", "Reconstructions")):
         if frames := run.samples.get(stage):
             step, file = frames[-1]
-            # The picture's own captions; a run may also state them once for all its grids.
-            captions = picture_captions(file) or [str(p) for p in as_list(run.summary.get("sample_prompts"))]
             parts.append(
                 f'<figure class="hero">{image_tag(file, what)}<figcaption>{what} after train step {step:,}'
-                f"{caption_list(captions) if stage == 'denoiser' else ''}</figcaption></figure>"
+                f"{caption_list(picture_captions(file))}</figcaption></figure>"
             )
             break
     return "".join(parts)
+
+
+def about_line(plan: Mapping[str, Any]) -> str:
+    """One sentence from the plan: recipe, images, sizes, conditioning."""
+    parts = [f"Recipe {plan['recipe']}"] if plan.get("recipe") else []
+    if is_number(plan.get("images")):
+        parts.append(f"{plan['images']:,} images")
+    if size := as_list(plan.get("image_size")):
+        parts[-1:] = [f"{parts[-1]} of {size[0]}×{size[-1]}"] if parts else [f"{size[0]}×{size[-1]}"]
+    if f := plan.get("downsampling"):
+        parts.append("pixels, no first stage" if f == 1 else f"f = {f}")
+    if "conditioning" in plan:
+        fields = ", ".join(str(c).replace("_", " ") for c in as_list(plan["conditioning"]))
+        parts.append(f"conditioned on {fields}" if fields else "unconditional")
+    return " · ".join(parts)
 
 
 def key_numbers(run: Run) -> list[tuple[str, str]]:
@@ -181,14 +196,12 @@ def key_numbers(run: Run) -> list[tuple[str, str]]:
             if values := [r[key] for r in records if is_number(r.get(key))]:
                 pairs.append((f"{stage_title(stage).lower()}: {key.replace('_', ' ')}", number(values[-1])))
     pairs = [(label.replace("psnr", "PSNR").replace("ssim", "SSIM"), value) for label, value in pairs]
-    if is_number(count := run.data.get("count", run.data.get("images"))):
+    if is_number(count := run.data.get("examples")):
         pairs.append(("pictures", f"{count:,}"))
     for stage in run.stages:
-        if records := run.metrics.get(stage):
-            pairs.append((f"{stage_title(stage).lower()} steps", f"{records[-1]['train_step']:,}"))
+        if stage in run.metrics:
+            pairs.append((f"{stage_title(stage).lower()} steps", f"{run.metrics[stage][-1]['train_step']:,}"))
     minutes = run.summary.get("minutes")
-    if isinstance(minutes, Mapping):
-        minutes = sum(v for v in minutes.values() if is_number(v))
     if not is_number(minutes):
         last = [records[-1].get("seconds") for records in run.metrics.values()]
         minutes = sum(s for s in last if is_number(s)) / 60
@@ -206,11 +219,14 @@ def warnings_section(run: Run) -> str:
             f"{count:,} {plural(count, 'file')} could not be read and {plural(count, 'was', 'were')} left out "
             '(<a href="#problems">which, and why</a>).'
         )
-    for count, stage in _counts(run.summary.get("skipped_steps")):
-        notes.append(f"{count:,} {plural(count, 'step')}{stage} skipped: a loss or gradient was not finite.")
-    for count, stage in _counts(run.summary.get("rollbacks")):
-        returns = plural(count, "return to a checkpoint", "returns to a checkpoint")
-        notes.append(f"{count:,} {returns}{stage}, at half the rate: values stayed non-finite.")
+    for stage in run.stages:
+        where = f"in the {stage_title(stage).lower()}"
+        if skipped := run.summary.get(f"{stage}_skipped_steps"):
+            steps = plural(skipped, "step")
+            notes.append(f"{skipped:,} {steps} {where} skipped: a loss or gradient was not finite.")
+        if returns := run.summary.get(f"{stage}_rollbacks"):
+            times = plural(returns, "return to a checkpoint", "returns to a checkpoint")
+            notes.append(f"{returns:,} {times} {where}, at half the rate: values stayed non-finite.")
     if run.summary.get("interrupted"):
         notes.append("The run was interrupted; <code>darkroom train</code> with <code>--resume</code> continues it.")
     if not run.metrics:
@@ -219,12 +235,6 @@ def warnings_section(run: Run) -> str:
         return '<p class="all-well">No unreadable files, no values that were not finite, no warnings.</p>'
     items = "".join(f"<li>{note}</li>" for note in notes)
     return f'<div class="notes"><h2>Before you trust it</h2><ul>{items}</ul></div>'
-
-
-def _counts(value: Any) -> list[tuple[int, str]]:
-    """A count, or counts by stage, as (count, " in the ...") without zeros."""
-    parts = value if isinstance(value, Mapping) else {"": value}
-    return [(int(n), f" in the {stage_title(s).lower()}" if s else "") for s, n in parts.items() if is_number(n) and n]
 
 
 def stage_section(run: Run, stage: str) -> str:
@@ -238,8 +248,11 @@ def stage_section(run: Run, stage: str) -> str:
     if mechanics and not few:
         title = "Learning rate, gradients, speed"
         parts.append(f'<details><summary>{title}</summary><div class="charts">{"".join(mechanics)}</div></details>')
-    over_time = "Reconstructions over time" if stage == "first_stage" else "Samples over time"
-    parts.append(film(run.samples.get(stage, []), over_time))
+    if stage == "first_stage":
+        rows = "Rows: held-out pictures, their reconstructions, the absolute errors."
+        parts.append(film(run.samples.get(stage, []), "Reconstructions over time", rows))
+    else:
+        parts.append(film(run.samples.get(stage, []), "Samples over time", "The same prompts and seeds at every step."))
     return "".join(parts)
 
 
@@ -257,7 +270,7 @@ def charts_of(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str
         name = key.removeprefix("validation_")
         title = TITLES.get(name, name.replace("_", " ").capitalize())
         if key.endswith(MECHANICS):
-            mechanics[key] = line_chart(title, [Series(title, values[key], "plain" if "rate" in key else "train")])
+            mechanics[key] = line_chart(title, [Series("latest", values[key], "plain" if "rate" in key else "train")])
         elif name not in learnt:
             series = []
             if name in values:
@@ -271,7 +284,7 @@ def charts_of(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str
     return [c for c in learnt.values() if c], [c for c in mechanics.values() if c]
 
 
-def film(frames: Sequence[tuple[int, Path]], title: str) -> str:
+def film(frames: Sequence[tuple[int, Path]], title: str, legend: str) -> str:
     """Pictures over time: a strip to scroll, which the page's script turns into one picture with a slider."""
     if not frames:
         return ""
@@ -280,7 +293,7 @@ def film(frames: Sequence[tuple[int, Path]], title: str) -> str:
         f"<figcaption>train step {step:,}</figcaption></figure>"
         for step, file in evenly(frames, MOST_FRAMES)
     ]
-    return f'<h3>{escape(title)}</h3><div class="film" tabindex="0">{"".join(items)}</div>'
+    return f'<h3>{title}</h3><p class="lead">{legend}</p><div class="film" tabindex="0">{"".join(items)}</div>'
 
 
 def data_section(run: Run) -> str:
@@ -313,7 +326,7 @@ def problem_line(problem: Any) -> str:
 
 def settings_section(run: Run) -> str:
     parts = []
-    if rows := flatten({k: v for k, v in run.plan.items() if k not in ("warnings", "headline", "name")}):
+    if rows := flatten({k: v for k, v in run.plan.items() if k != "warnings" and v is not None}):
         parts.append(f"<h3>Plan</h3>{table(rows)}")
     if run.config:
         parts.append(f"<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config)}</pre></details>")
@@ -321,7 +334,7 @@ def settings_section(run: Run) -> str:
 
 
 def environment_section(run: Run) -> str:
-    apart = {"scores", "warnings", "headline", "name", "sample_prompts"}
+    apart = {"scores", "warnings"}
     parts = []
     if scores := flatten(run.summary.get("scores")):
         parts.append(f"<h3>Scores</h3>{table(scores)}")

@@ -24,13 +24,16 @@ class Series:
 
     label: str
     points: Points
-    role: str = "train"  # "train": faint values and running mean; "validation": line with dots; "plain": one line
+    role: str = (
+        "train"  # "train": faint values and running mean; "validation": line with dots; "plain": one line, linear axis
+    )
 
 
 def smooth(points: Points, span: float) -> Points:
     """Running mean m_n = m_(n-1) + (y_n - m_(n-1)) / span_n, with span_n growing from 1 to `span`: the steep start
     is followed closely, the noisy rest is averaged."""
-    mean, result = 0.0, []
+    mean = 0.0
+    result: Points = []
     for x, y in points:
         if math.isfinite(y):
             mean += (y - mean) / min(max(1.0, span), 1.0 + len(result) / 6)
@@ -134,14 +137,13 @@ def value_axis(series: Sequence[Series], smoothed: Sequence[Points]) -> tuple[Ax
     raw = [y for s in series for _, y in s.points if math.isfinite(y)]
     low, high = min(shown), max(shown)
     off = False
-    if min(raw) > 0 and high / low > 8:
+    if min(raw) > 0 and high / low > 8 and all(s.role != "plain" for s in series):
         low, high = min(low, quantile(raw, 0.02)) / 1.1, max(high, quantile(raw, 0.98)) * 1.1
         return Axis(low, high, HEIGHT - BOTTOM, TOP, True), max(raw) > 2 * high
     body = quantile(shown, 0.95)
     if len(shown) >= 20 and high - body > 2 * (body - low) > 0:
         high, off = body + 0.4 * (body - low), True
-    else:
-        low, high = min(low, quantile(raw, 0.02)), max(high, quantile(raw, 0.98))
+    low, high = min(low, quantile(raw, 0.02)), max(high, quantile(raw, 0.97))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     return Axis(low - room, high + room, HEIGHT - BOTTOM, TOP), off
 
