@@ -57,8 +57,7 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         d = d.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(b, h * w, c)
         x = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
         precise = mean.dtype  # float32, or float64 in tests
-        sum_d = d.sum(1, dtype=precise)  # (B, C)
-        sum_dx = (d * x).sum(1, dtype=precise)
+        sum_d, sum_dx = (_sum_positions(t, h, w, precise) for t in (d, d * x))  # (B, C)
         g, m, r = gain.to(precise), mean.unsqueeze(2), rstd.unsqueeze(2)  # (C,), (B, G, 1)
         in_group = (b, groups, size)
         total_d = (g * sum_d).view(in_group).sum(2, keepdim=True)
@@ -74,3 +73,8 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         normalised = (sum_dx.view(in_group) - sum_d.view(in_group) * m) * r
         d_gain = normalised.sum(0).view(c).to(gain.dtype)
         return dx.view(b, h, w, c).permute(0, 3, 1, 2), d_gain, sum_d.sum(0).to(gain.dtype), None, None, None
+
+
+def _sum_positions(t: Tensor, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    """(B, P, C) -> (B, C). Rows first: bfloat16 is rounded once per row, and no float32 copy of t is made."""
+    return t.unflatten(1, (h, w)).sum(2).sum(1, dtype=dtype)

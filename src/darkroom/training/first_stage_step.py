@@ -67,7 +67,7 @@ class FirstStageStep:
 
     def __init__(self, autoencoder: Autoencoder, config: FirstStageTrainConfig) -> None:
         self.autoencoder, self.config = autoencoder, config
-        self.perceptual = resolve_perceptual(config)
+        self.perceptual = resolve_perceptual(config, autoencoder.config.out_channels)
         self.likelihood = Likelihood(config)
         self.pairs = Pairs()
         self.discriminator: Discriminator | None = None
@@ -167,7 +167,7 @@ class AutoencoderPhase(nn.Module):
         image = augment(batch["image"].to(device), self.config, generator)
         f, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
         shape = (image.shape[0], channels, image.shape[2] // f, image.shape[3] // f)
-        return self.loss(image, torch.randn(shape, generator=generator).to(device), train_step)
+        return self.loss(image, torch.randn(shape, generator=generator).to(image), train_step)
 
     def loss(self, image: Tensor, noise: Tensor, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective for one draw of the posterior's noise, (B, E, h, w). Its gradient at the reconstruction is
@@ -178,17 +178,18 @@ class AutoencoderPhase(nn.Module):
         posterior = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
         output = self.autoencoder.decode(posterior.sample_with(noise))
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
-        adversarial_on = discriminator is not None and factor > 0
-        leaf = output.detach().float().requires_grad_()
-        with torch.enable_grad():
-            adversarial = adversarial_loss(discriminator(leaf).float()) if adversarial_on else None  # type: ignore[misc]
-            distance = perceptual(image, leaf) if perceptual is not None else None
+        leaf = _precise(output.detach()).requires_grad_()
+        adversarial = distance = None
+        if discriminator is not None and factor > 0:
+            adversarial = adversarial_loss(_precise(discriminator(leaf)))
+        if perceptual is not None:
+            distance = perceptual.to(image.device)(image, leaf)
         with torch.autocast(image.device.type, enabled=False):
-            error = reconstruction_error(image.float(), leaf, config.reconstruction)
+            error = reconstruction_error(_precise(image), leaf, config.reconstruction)
             metrics = {"reconstruction": error.detach().mean()}
             if distance is not None:
                 metrics["perceptual"] = distance.detach().mean()
-                error = error + config.perceptual_weight * distance.float().view(-1, 1, 1, 1)
+                error = error + config.perceptual_weight * _precise(distance).view(-1, 1, 1, 1)
             log_variance = self.likelihood.log_variance
             nll = reconstruction_nll(error, log_variance.detach())
             (gradient,) = torch.autograd.grad(nll, leaf)
@@ -214,10 +215,10 @@ class AutoencoderPhase(nn.Module):
         weight that one process would compute on the joint batch."""
         last = self.autoencoder.decoder.conv_out.weight
         both = [
-            torch.autograd.grad(output, last, g.to(output.dtype), retain_graph=True)[0].float()
+            torch.autograd.grad(output, last, g.to(output.dtype), retain_graph=True)[0]
             for g in (gradient, adversarial_gradient)
         ]
-        gradients = torch.stack(both)
+        gradients = _precise(torch.stack(both))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradients)
             gradients /= torch.distributed.get_world_size()
@@ -239,7 +240,7 @@ class DiscriminatorPhase(nn.Module):
         else:  # batch norm: images and reconstructions are normalised apart, as in the official code
             real, fake = self.discriminator(image), self.discriminator(reconstruction)
         with torch.autocast(image.device.type, enabled=False):
-            real, fake = real.float(), fake.float()
+            real, fake = _precise(real), _precise(fake)
             factor = delayed(self.config.discriminator_factor, train_step, self.config.discriminator_start)
             loss = factor * discriminator_loss(real, fake, self.config.discriminator_loss)
         return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
@@ -278,12 +279,12 @@ def augment(image: Tensor, config: FirstStageTrainConfig, generator: torch.Gener
     return image
 
 
-def resolve_perceptual(config: FirstStageTrainConfig) -> Literal["laplacian", "vgg", "none"]:
-    """What "auto" means on this machine; record the answer with the run."""
+def resolve_perceptual(config: FirstStageTrainConfig, channels: int = 3) -> Literal["laplacian", "vgg", "none"]:
+    """What "auto" means on this machine and for images of this many channels; record the answer with the run."""
     if config.perceptual == "none" or config.perceptual_weight == 0:
         return "none"
     if config.perceptual == "auto":
-        return "vgg" if lpips_available() else "laplacian"
+        return "vgg" if channels in (1, 3) and lpips_available() else "laplacian"
     return config.perceptual
 
 
@@ -291,6 +292,11 @@ def make_perceptual(name: Literal["laplacian", "vgg", "none"]) -> nn.Module | No
     if name == "vgg":
         return load_lpips()
     return NormalisedLaplacianDistance() if name == "laplacian" else None
+
+
+def _precise(t: Tensor) -> Tensor:
+    """float32, or float64 if it is that already."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def _scale(config: FirstStageTrainConfig, image: Tensor) -> float:

@@ -1,0 +1,358 @@
+"""The first stage's train step: official loss assembly, gradients, phases, repeatability and several processes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "first_stage"))
+from first_stage_golden import TOLERANCE, autoencoder_config, load_topic, make_inputs, state_dict
+
+from darkroom.errors import DarkroomError
+from darkroom.features.laplacian import NormalisedLaplacianDistance
+from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
+from darkroom.first_stage.losses import adversarial_loss, reconstruction_error, reconstruction_nll
+from darkroom.training.first_stage_step import (
+    AutoencoderPhase,
+    FirstStageStep,
+    FirstStageTrainConfig,
+    augment,
+    resolve_perceptual,
+)
+
+TINY = AutoencoderConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, z_channels=4, embed_dim=4, norm_groups=4)
+CONFIG = FirstStageTrainConfig(
+    perceptual="laplacian",
+    kl_weight=1e-3,
+    discriminator_start=1,
+    discriminator_channels=8,
+    discriminator_layers=1,
+    learn_log_variance=True,
+)
+
+
+def make(config: FirstStageTrainConfig = CONFIG, seed: int = 0) -> FirstStageStep:
+    torch.manual_seed(seed)
+    return FirstStageStep(Autoencoder(TINY), config)
+
+
+def images(count: int = 4, size: int = 16, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def first(step: FirstStageStep) -> AutoencoderPhase:
+    module = step.phases[0].module
+    assert isinstance(module, AutoencoderPhase)
+    return module
+
+
+def make_optimizers(step: FirstStageStep) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(phase.parameters, lr=1e-3) for phase in step.phases]
+
+
+def run_steps(step: FirstStageStep, optimizers: list[Any], start: int, stop: int, accumulation: int = 1) -> list[float]:
+    """The loop's protocol: phase by phase, each over all micro-batches."""
+    losses = []
+    for train_step in range(start, stop):
+        batches = [{"image": images(seed=10 * train_step + m)} for m in range(accumulation)]
+        for p, (phase, optimizer) in enumerate(zip(step.phases, optimizers, strict=True)):
+            if train_step < phase.starts_at:
+                continue
+            optimizer.zero_grad()
+            for m, batch in enumerate(batches):
+                loss, _ = phase.module(batch, generator(1000 * train_step + 10 * p + m), train_step)
+                (loss / accumulation).backward()
+                losses.append(float(loss.detach()))
+            optimizer.step()
+    return losses
+
+
+def test_official_loss_assembly() -> None:
+    cases, _ = load_topic("autoencoder_losses")
+    case = cases["kl_loss_assembly"]
+    arguments, given = case["args"], make_inputs(case)
+    official = arguments["loss"]
+    config = FirstStageTrainConfig(
+        perceptual="none",
+        kl_weight=official["kl_weight"],
+        log_variance=case["derived"]["loss.logvar"]["value"],
+        discriminator_start=official["disc_start"],
+        discriminator_weight=official["disc_weight"],
+        discriminator_layers=official["disc_num_layers"],
+        discriminator_channels=64,
+        discriminator_norm="batch",
+        scale="image",
+    )
+    step = FirstStageStep(Autoencoder(autoencoder_config(arguments["ddconfig"], arguments["embed_dim"])), config)
+    weights = state_dict(case)
+    autoencoder = {k: v for k, v in weights.items() if not k.startswith("loss.")}
+    step.autoencoder.load_state_dict(autoencoder, strict=True)
+    assert step.discriminator is not None
+    prefix = "loss.discriminator."
+    discriminator = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    step.discriminator.load_state_dict(discriminator, strict=True)
+    values = {name: entry["value"] for name, entry in case["outputs"].items()}
+
+    def close(actual: Tensor, expected: float) -> None:
+        assert float(actual.detach()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+    for train_step in (0, 10):
+        loss, metrics = first(step).loss(given["x"], given["eps"], train_step)
+        expected = values[f"step{train_step}_optimizer0"]
+        close(loss, expected["total_loss"])
+        close(metrics["nll"], expected["nll_loss"])
+        close(metrics["kl"], expected["kl_loss"])
+        close(metrics["reconstruction"], expected["rec_loss"])
+        assert ("adversarial" in metrics) == (train_step == 10)
+    close(metrics["adversarial"], expected["g_loss"])
+    close(metrics["adaptive_weight"], expected["d_weight"])
+    loss, metrics = step.phases[1].module({}, generator(0), 10)
+    close(loss, values["step10_optimizer1"]["disc_loss"])
+    close(metrics["logits_real"], values["step10_optimizer1"]["logits_real"])
+    close(metrics["logits_fake"], values["step10_optimizer1"]["logits_fake"])
+    assert step.phases[1].starts_at == official["disc_start"]  # the official loss is 0 before
+
+
+@pytest.mark.parametrize("reconstruction", ["l1", "l2"])
+def test_gradients_are_those_of_the_whole_expression(reconstruction: Any) -> None:
+    """The phase attaches gradients that it computed in parts; here the same loss is differentiated in one piece."""
+    config = replace(CONFIG, reconstruction=reconstruction, log_variance=-0.5, discriminator_factor=0.7)
+    step = make(config)
+    assert step.discriminator is not None
+    for module in (step.autoencoder, step.likelihood, step.discriminator):
+        module.double()
+    image, noise = images().double(), torch.randn(4, 4, 8, 8, generator=generator(1), dtype=torch.float64)
+    parameters = step.phases[0].parameters
+    loss, metrics = first(step).loss(image, noise, 5)
+    ours = torch.autograd.grad(loss, parameters)
+
+    posterior = step.autoencoder.encode(image)
+    output = step.autoencoder.decode(posterior.sample_with(noise))
+    error = reconstruction_error(image, output, reconstruction)
+    error = error + NormalisedLaplacianDistance()(image, output).view(-1, 1, 1, 1)
+    nll = reconstruction_nll(error, step.likelihood.log_variance)
+    adversarial = adversarial_loss(step.discriminator(output))
+    last = step.autoencoder.decoder.conv_out.weight
+    (a,), (b,) = (torch.autograd.grad(t, last, retain_graph=True) for t in (nll, adversarial))
+    weight = 0.5 * a.norm() / (b.norm() + 1e-4)
+    whole = (nll + 0.7 * weight.detach() * adversarial + 1e-3 * posterior.kl().mean()) / image[0].numel()
+    torch.testing.assert_close(loss, whole, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(metrics["adaptive_weight"], weight, rtol=1e-9, atol=0)
+    for mine, expected in zip(ours, torch.autograd.grad(whole, parameters), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-12)
+
+
+def test_phases_change_only_their_own_parameters() -> None:
+    step = make()
+    assert step.discriminator is not None
+    assert set(step.modules) == {"autoencoder", "likelihood", "discriminator"}
+    assert set(step.ema_modules) == {"autoencoder"}
+    own = {id(p) for p in step.phases[0].parameters}
+    assert own == {id(p) for m in (step.autoencoder, step.likelihood) for p in m.parameters()}
+    batch = {"image": images()}
+    step.phases[0].module(batch, generator(0), 1)[0].backward()
+    assert all(p.grad is not None for p in step.phases[0].parameters)
+    assert all(p.grad is None and p.requires_grad for p in step.discriminator.parameters())
+    before = [p.grad.clone() for p in step.phases[0].parameters if p.grad is not None]
+    step.phases[1].module(batch, generator(0), 1)[0].backward()
+    assert all(p.grad is not None for p in step.discriminator.parameters())
+    after = [p.grad for p in step.phases[0].parameters if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_nothing_adversarial_before_its_start_or_without_weight() -> None:
+    step = make()
+    assert step.discriminator is not None
+    step.discriminator.register_forward_hook(lambda *_: pytest.fail("the discriminator ran"))
+    _, metrics = step.phases[0].module({"image": images()}, generator(0), 0)
+    assert "adversarial" not in metrics and not step.pairs._queue
+    off = make(replace(CONFIG, discriminator_weight=0.0))
+    assert off.discriminator is None and len(off.phases) == 1 and "discriminator" not in off.modules
+    _, metrics = off.phases[0].module({"image": images()}, generator(0), 10**9)
+    assert "adversarial" not in metrics
+
+
+def test_the_discriminator_sees_the_reconstructions_of_its_step() -> None:
+    step = make()
+    one, two = images(seed=1), images(seed=2)
+    step.phases[0].module({"image": one}, generator(0), 1)  # a step that was skipped: its phase two never came
+    for image in (one, two):
+        step.phases[0].module({"image": image}, generator(0), 2)
+    assert [torch.equal(a, b) for (a, _), b in zip(step.pairs._queue, (one, two), strict=True)] == [True, True]
+    assert not any(r.requires_grad for _, r in step.pairs._queue)
+    with pytest.raises(RuntimeError, match="step 3"):
+        step.phases[1].module({}, generator(0), 3)
+    step.phases[1].module({}, generator(0), 2)
+    step.phases[1].module({}, generator(0), 2)
+    with pytest.raises(RuntimeError, match="step 2"):
+        step.phases[1].module({}, generator(0), 2)
+
+
+def test_group_norm_discriminator_in_one_call_is_the_same() -> None:
+    step = make()
+    assert step.discriminator is not None
+    step.phases[0].module({"image": images()}, generator(0), 1)
+    image, fake = step.pairs._queue[0]
+    _, metrics = step.phases[1].module({}, generator(0), 1)
+    torch.testing.assert_close(metrics["logits_real"], step.discriminator(image).mean())
+    torch.testing.assert_close(metrics["logits_fake"], step.discriminator(fake).mean())
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_continued_run_is_bit_equal(norm: Any) -> None:
+    config = replace(CONFIG, discriminator_norm=norm, crop=8, flip=True)
+    whole = make(config)
+    losses = run_steps(whole, make_optimizers(whole), 0, 4, accumulation=2)
+    part = make(config)
+    optimizers = make_optimizers(part)
+    head = run_steps(part, optimizers, 0, 2, accumulation=2)
+    copy = make(config, seed=99)
+    for name, module in copy.modules.items():
+        module.load_state_dict(part.modules[name].state_dict())
+    copies = make_optimizers(copy)
+    for target, source in zip(copies, optimizers, strict=True):
+        target.load_state_dict(source.state_dict())
+    assert head + run_steps(copy, copies, 2, 4, accumulation=2) == losses
+    for name, module in whole.modules.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, copy.modules[name].state_dict()[key]), key
+
+
+def test_it_learns() -> None:
+    step = make(replace(CONFIG, learn_log_variance=False, kl_weight=1e-6))
+    optimizer = torch.optim.AdamW(step.phases[0].parameters, lr=5e-3)
+    image = nn.functional.interpolate(images(4, 4), size=16, mode="bilinear")
+    before = step.validation_loss([{"image": image}])
+    for _ in range(60):
+        loss, _ = step.phases[0].module({"image": image}, generator(0), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = step.validation_loss([{"image": image}])
+    assert set(after) == {"psnr", "validation_loss", "validation_kl"}
+    assert after["validation_loss"] < 0.7 * before["validation_loss"] and after["psnr"] > before["psnr"] + 3
+
+
+def test_validation_is_the_direct_computation() -> None:
+    step = make()
+    batches = [{"image": images(3)}, {"image": images(2, seed=1)}]
+    image = torch.cat([b["image"] for b in batches])
+    with torch.no_grad():
+        posterior = step.autoencoder.encode(image)
+        error = step.autoencoder.decode(posterior.mode()).clamp(-1, 1) - image
+    values = step.validation_loss(batches)
+    psnr = (20 * torch.log10(2 / error.square().mean((1, 2, 3)).sqrt())).mean()
+    assert values["psnr"] == pytest.approx(float(psnr), rel=1e-5)
+    assert values["validation_loss"] == pytest.approx(float(error.abs().mean()), rel=1e-5)
+    assert values["validation_kl"] == pytest.approx(float(posterior.kl().mean()), rel=1e-5)
+    assert step.validation_loss([]) == {}
+
+
+def test_bfloat16_keeps_losses_in_float32() -> None:
+    step = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, metrics = step.phases[0].module({"image": images()}, generator(0), 1)
+        disc, _ = step.phases[1].module({}, generator(0), 1)
+    exact, expected = step.phases[0].module({"image": images()}, generator(0), 1)
+    assert loss.dtype == disc.dtype == torch.float32 and all(v.dtype == torch.float32 for v in metrics.values())
+    assert float(loss) == pytest.approx(float(exact), rel=0.02)
+    assert float(metrics["nll"]) == pytest.approx(float(expected["nll"]), rel=0.02)
+    (loss + disc).backward()
+    for phase in step.phases:
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in phase.parameters)
+
+
+def test_crops_and_flips() -> None:
+    ramp = torch.arange(20 * 30, dtype=torch.float32).view(1, 1, 20, 30).expand(64, 1, 20, 30)
+    config = FirstStageTrainConfig(crop=8)
+    out = augment(ramp, config, generator(0))
+    assert out.shape == (64, 1, 8, 8) and torch.equal(out, augment(ramp, config, generator(0)))
+    corner = out[:, 0, 0, 0]
+    top, left = corner // 30, corner % 30
+    assert (int(top.min()), int(left.min())) == (0, 0) and (int(top.max()), int(left.max())) == (12, 22)
+    torch.testing.assert_close(out[:, 0] - corner.view(-1, 1, 1), ramp[:, 0, :8, :8])
+    flipped = augment(ramp, FirstStageTrainConfig(flip=True), generator(0))
+    mirrored = (flipped == ramp.flip(-1)).all(-1).all(-1).all(-1)
+    assert 16 < int(mirrored.sum()) < 48 and torch.equal(flipped[~mirrored], ramp[~mirrored])
+    assert augment(ramp, FirstStageTrainConfig(), generator(0)) is ramp
+    with pytest.raises(DarkroomError, match=r"crop=24 is larger than the images \(30x20\)"):
+        augment(ramp, FirstStageTrainConfig(crop=24), generator(0))
+
+
+def test_auto_perceptual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_WEIGHTS", str(tmp_path))
+    assert resolve_perceptual(FirstStageTrainConfig()) == "laplacian"
+    with pytest.raises(DarkroomError, match="LPIPS weights not found"):
+        make(FirstStageTrainConfig(perceptual="vgg"))
+    for name in ("vgg16-397923af.pth", "vgg.pth"):
+        (tmp_path / name).touch()
+    assert resolve_perceptual(FirstStageTrainConfig()) == "vgg"
+    assert resolve_perceptual(FirstStageTrainConfig(), channels=4) == "laplacian"
+    assert resolve_perceptual(FirstStageTrainConfig(perceptual="none")) == "none"
+    assert resolve_perceptual(FirstStageTrainConfig(perceptual_weight=0.0)) == "none"
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def train_distributed(rank: int, world: int, folder: str) -> None:
+    """Three steps on this rank's part of a joint batch, in float64 so that only the order of sums can differ."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    step = make(replace(CONFIG, discriminator_norm="group"), seed=rank)  # DDP hands out the weights of rank 0
+    modules = []
+    for phase in step.phases:
+        phase.module.double()
+        modules.append(
+            nn.parallel.DistributedDataParallel(phase.module, broadcast_buffers=False) if world > 1 else phase.module
+        )
+    optimizers = make_optimizers(step)
+    each = 4 // world
+    record: list[float] = []
+    for train_step in range(3):
+        batch = {"image": images(seed=train_step)[rank * each : (rank + 1) * each].double()}
+        for phase, module, optimizer in zip(step.phases, modules, optimizers, strict=True):
+            if train_step < phase.starts_at:
+                continue
+            g = generator(train_step)
+            torch.randn(rank * each, 4, 8, 8, generator=g)  # the joint draw, from this rank's images on
+            optimizer.zero_grad()
+            loss, metrics = module(batch, g, train_step)
+            loss.backward()
+            optimizer.step()
+            if "adaptive_weight" in metrics:
+                record.append(float(metrics["adaptive_weight"]))
+    state = {f"{n}.{k}": v for n, m in step.modules.items() for k, v in m.state_dict().items()}
+    torch.save((state, record), f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_distributed, args=(2, str(tmp_path)), nprocs=2)
+    threads = torch.get_num_threads()
+    try:
+        train_distributed(0, 1, str(tmp_path))
+    finally:
+        torch.set_num_threads(threads)
+    alone, weights = torch.load(tmp_path / "1-0.pt")
+    start = {k: v.double() for n, m in make().modules.items() for k, v in m.state_dict(prefix=f"{n}.").items()}
+    assert len(weights) == 2
+    for rank in range(2):
+        state, record = torch.load(tmp_path / f"2-{rank}.pt")
+        assert record == pytest.approx(weights, rel=1e-9)
+        for key, value in alone.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-9, msg=f"rank {rank}: {key}")
+    assert all(float((alone[k] - start[k]).abs().max()) > 1e-4 for k in start if k.endswith("conv_out.weight"))
