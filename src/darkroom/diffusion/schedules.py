@@ -184,15 +184,6 @@ class DDPMSchedule(NoiseSchedule):
         betas, cumulative = self.betas, self.alphas_cumprod
         previous = torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
         variance = (1 - posterior_mix) * betas * (1 - previous) / (1 - cumulative) + posterior_mix * betas
-        if prediction_type == "epsilon":
-            vlb = betas**2 / (2 * variance * (1 - betas) * (1 - cumulative))
-        elif prediction_type == "x0":
-            # 2 - abar instead of 2 (1 - abar): the operator precedence of the official code, kept for its checkpoints.
-            vlb = 0.5 * cumulative.sqrt() / (2 - cumulative)
-        else:
-            # Stability's v models: no bound was implemented, the buffer holds ones.
-            vlb = torch.ones_like(betas)
-        vlb[0] = vlb[1]
         tables = {
             "betas": betas,
             "alphas_cumprod": cumulative,
@@ -206,9 +197,21 @@ class DDPMSchedule(NoiseSchedule):
             "posterior_log_variance_clipped": torch.log(variance.clamp(min=1e-20)),
             "posterior_mean_coef1": betas * previous.sqrt() / (1 - cumulative),
             "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - cumulative),
-            "lvlb_weights": vlb,
         }
-        return {name: table.float() for name, table in tables.items()}
+        buffers = {name: table.float() for name, table in tables.items()}
+        # In float32 and from the float32 buffers, as the official code: checkpoints then agree to the last bit.
+        if prediction_type == "epsilon":
+            vlb = buffers["betas"] ** 2 / (
+                2 * buffers["posterior_variance"] * (1 - betas).float() * (1 - buffers["alphas_cumprod"])
+            )
+        elif prediction_type == "x0":
+            # 2 - abar instead of 2 (1 - abar): the operator precedence of the official code, kept for its checkpoints.
+            vlb = 0.5 * buffers["alphas_cumprod"].sqrt() / (2 - buffers["alphas_cumprod"])
+        else:
+            # Stability's v models: no bound was implemented, the buffer holds ones.
+            vlb = torch.ones_like(buffers["betas"])
+        vlb[0] = vlb[1]
+        return buffers | {"lvlb_weights": vlb}
 
 
 class FlowSchedule(NoiseSchedule):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,27 @@ def step_towards(x: Tensor, x0: Tensor, here: NoiseLevel, there: NoiseLevel, sig
     """
     ratio = (float(there.sigma) if sigma_next is None else sigma_next) / float(here.sigma)
     return ratio * x + (float(there.alpha) - float(here.alpha) * ratio) * x0
+
+
+def in_flow_frame(grid: Grid, frame: Literal["edm", "flow"] | None) -> bool:
+    """Which frame Heun's method works in, unless `frame` says it.
+
+    With y = x/k and S = sigma/k the ODE is dy/dS = (y - x0)/S both in the EDM frame, k = alpha, and in that of
+    rectified flow, k = alpha + sigma. EDM's is what k-diffusion and diffusers use for VP and EDM levels. Near pure
+    noise its S is huge or infinite while x0 hardly changes: grids of rectified flow (alpha + sigma = 1) and VP grids
+    that begin at sigma > 100 alpha (cosine, zero terminal SNR) take the other.
+    """
+    if frame is not None:
+        return frame == "flow"
+    alpha, sigma = float(grid[0].alpha), float(grid[0].sigma)
+    return abs(alpha + sigma - 1) < 1e-9 or (alpha < 1 and sigma > 100 * alpha)
+
+
+def framed(level: NoiseLevel, flow_frame: bool) -> tuple[float, float]:
+    """(k, S = sigma/k) of a level; see `in_flow_frame`."""
+    alpha, sigma = float(level.alpha), float(level.sigma)
+    k = alpha + sigma if flow_frame else alpha
+    return k, sigma / k if k > 0 else math.inf
 
 
 def transition_variance(here: NoiseLevel, there: NoiseLevel) -> float:
