@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from darkroom.latent_diffusion import Result as Result
     from darkroom.model_io import bundled as bundled
     from darkroom.model_io import load as load
-    from darkroom.train import train as train
+    from darkroom.train_job import train as train
 
 _HOME = {
     "Conditioning": "darkroom.conditioning.types",
@@ -36,7 +36,7 @@ _HOME = {
     "Result": "darkroom.latent_diffusion",
     "bundled": "darkroom.model_io",
     "load": "darkroom.model_io",
-    "train": "darkroom.train",
+    "train": "darkroom.train_job",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from darkroom.conditioning.classes import ClassEncoder, ClassEncoderConfig
 from darkroom.conditioning.conditioner import Conditioner
-from darkroom.conditioning.encoders import (
-    ClassEncoder,
-    ClassEncoderConfig,
-    ConditionEncoder,
-    TextEncoder,
-    TextEncoderConfig,
-)
+from darkroom.conditioning.encoder import ConditionEncoder
+from darkroom.conditioning.text import TextEncoder, TextEncoderConfig
 from darkroom.conditioning.tokenizer import WordPieceTokenizer
 from darkroom.config import from_dict, nearest, to_dict
 from darkroom.denoiser import Denoiser, DenoiserConfig
@@ -65,9 +61,10 @@ def build_encoder(config: ClassEncoderConfig | TextEncoderConfig, tokenizer: Wor
             heads=config.heads,
             head_width=config.head_width,
             length=config.length,
+            dropout=config.dropout,
         )
     )
-    return TextEncoder(config, tower, tokenizer)
+    return TextEncoder(tower, tokenizer, config.length, config.drop_rate, config.use_mask, config.field)
 
 
 def build_conditioner(config: Mapping[str, Any]) -> Conditioner:

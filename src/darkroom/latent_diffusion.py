@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from darkroom.conditioning.classes import ClassEncoder
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.types import Conditioning
 from darkroom.config import nearest
@@ -143,8 +144,7 @@ class LatentDiffusion(nn.Module):
         if not request.seeds or bad_seeds:
             raise DarkroomError(f"seed {bad_seeds[0] if bad_seeds else '(none)'}: a seed is a whole number from 0 to 2^63-1")
         self._check_size(request.size)
-        encoders = self.conditioner.encoders
-        fields = {encoder.field for encoder in encoders.values()}
+        fields = self.conditioner.fields
         for given, name, flag in ((request.prompts, "text", "a prompt"), (request.class_labels, "class_label", "a class")):
             if given is not None and name not in fields:
                 takes = " or ".join(sorted(fields)) if fields else "no condition at all"
@@ -162,7 +162,7 @@ class LatentDiffusion(nn.Module):
 
         labels = None
         if request.class_labels is not None:
-            labels = [self._class_index(label) for label in request.class_labels]
+            labels = [self._class_encoder().class_index(label) for label in request.class_labels]
         return replace(
             request,
             prompts=spread("prompts", request.prompts),
@@ -180,18 +180,8 @@ class LatentDiffusion(nn.Module):
                     f"the nearest are {low} and {low + factor}"
                 )
 
-    def _class_index(self, label: str | int) -> int:
-        encoder = next(e for e in self.conditioner.encoders.values() if e.field == "class_label")
-        names: list[str] = list(encoder.classes)  # type: ignore[arg-type]
-        text = str(label)
-        if text in names:
-            return names.index(text)
-        lower = [n.lower() for n in names]
-        if text.lower() in lower:
-            return lower.index(text.lower())
-        if text.isdigit() and int(text) < len(names):
-            return int(text)
-        raise DarkroomError(f'class "{label}" is not one of the {len(names)} classes{nearest(text, names)}')
+    def _class_encoder(self) -> ClassEncoder:
+        return next(e for e in self.conditioner.encoders.values() if isinstance(e, ClassEncoder))
 
     @property
     def downsampling(self) -> int:
@@ -246,19 +236,22 @@ class LatentDiffusion(nn.Module):
     def encode_condition(self, request: Request, part: slice) -> Conditioning:
         """The conditioning of some images of a validated request; what is not given is null."""
         count = len(request.seeds[part])
-        batch: dict[str, Any] = {"batch_size": count}
+        batch: dict[str, Any] = dict.fromkeys(self.conditioner.fields)
         if request.prompts is not None:
             batch["text"] = request.prompts[part]
         if request.class_labels is not None:
-            batch["class_label"] = torch.tensor(request.class_labels[part])
+            batch["class_label"] = request.class_labels[part]
+        if all(value is None for value in batch.values()):
+            return self.conditioner.null(count)
         return self.conditioner(batch).to(self.device)
 
     def encode_negative(self, request: Request, count: int) -> Conditioning | None:
         """What guidance pushes away from: the negative prompt, else the null conditioning; None when unconditional."""
-        if not self.conditioner.encoders:
+        if not self.conditioner.fields:
             return None
         if request.negative_prompt:
-            return self.conditioner({"batch_size": count, "text": [request.negative_prompt] * count}).to(self.device)
+            batch = dict.fromkeys(self.conditioner.fields) | {"text": [request.negative_prompt] * count}
+            return self.conditioner(batch).to(self.device)
         return self.conditioner.null(count).to(self.device)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -271,8 +264,8 @@ class LatentDiffusion(nn.Module):
         record = asdict(request)
         record["size"] = list(request.size or ())
         if request.class_labels is not None:
-            names = next(e for e in self.conditioner.encoders.values() if e.field == "class_label").classes
-            record["class_labels"] = [names[int(i)] for i in request.class_labels]  # type: ignore[index]
+            names = self._class_encoder().config.classes
+            record["class_labels"] = [names[int(i)] for i in request.class_labels]
         model = {k: self.info[k] for k in ("name", "sha256") if k in self.info}
         return [
             {

@@ -33,7 +33,7 @@ def batch_latent(batch: Batch, first_stage: FirstStage | None, generator: torch.
     if "moments" in batch:
         assert first_stage is not None
         moments = batch["moments"].to(device, torch.float32)
-        return first_stage.normalise(Posterior.from_moments(moments)).sample(generator)
+        return first_stage.normalise(Posterior.from_moments(moments).sample(generator))
     image = batch["image"].to(device)
     if first_stage is None:
         return image

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W size of image or crop.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,15 +41,13 @@ Perceptual = Literal["auto", "laplacian", "vgg", "none"]
 class FirstStageTrainConfig:
     """What the first stage is trained for. The KL weight is the official one: all terms are sums over an image."""
 
-    steps: int = 10_000
-    batch_size: int = 16
-    learning_rate: float = 2e-4
     reconstruction: ReconstructionKind = "l1"
     learn_log_variance: bool = False  # of the reconstruction's likelihood; it starts at `log_variance`
     log_variance: float = 0.0
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else "laplacian"
     perceptual_weight: float = 1.0
     kl_weight: float = 1e-6
+    initial_posterior_std: float = 0.1  # of a fresh autoencoder; with the natural 1 the noise hides the latent at first
     discriminator_start: int = 50_001  # train step from which the adversarial term counts
     discriminator_weight: float = 0.5  # 0: no discriminator at all
     discriminator_factor: float = 1.0
@@ -60,6 +59,14 @@ class FirstStageTrainConfig:
     flip: bool = False  # mirror each image left to right with probability 1/2
     scale: Literal["element", "image"] = "element"  # "element" divides the official loss ("image") by C*H*W, so that
     # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change
+
+
+def quieten_posterior(autoencoder: Autoencoder, std: float) -> None:
+    """Let a fresh encoder's posterior begin at about this standard deviation, by the bias of its log-variance."""
+    with torch.no_grad():
+        bias = autoencoder.quant_conv.bias
+        assert bias is not None
+        bias[autoencoder.latent_channels :] = 2.0 * math.log(std)
 
 
 class FirstStageStep:

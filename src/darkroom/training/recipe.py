@@ -20,14 +20,15 @@ from typing import Any
 
 import yaml
 
-from darkroom.conditioning.encoders import ClassEncoderConfig, TextEncoderConfig
+from darkroom.conditioning.classes import ClassEncoderConfig
+from darkroom.conditioning.text import TextEncoderConfig
 from darkroom.config import from_dict, merge, nearest, with_overrides
 from darkroom.data.sources import DataConfig
 from darkroom.denoiser import DenoiserConfig
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import AutoencoderConfig
 from darkroom.objective import ObjectiveConfig
-from darkroom.training.first_stage_step import FirstStageObjective
+from darkroom.training.first_stage_step import FirstStageTrainConfig
 from darkroom.training.loop import LoopConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -38,7 +39,7 @@ class FirstStageRecipe(LoopConfig):
     """Training a first stage: its network, its losses, and the loop."""
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    objective: FirstStageObjective = field(default_factory=FirstStageObjective)
+    objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""Decides how to train on images that come without a recipe, and says beforehand what a recipe will cost.
+
+The seconds and the memory are measured by running a few real steps on random images of the right shape, because no
+formula knows a machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
+from darkroom.config import from_dict, merge, to_dict
+from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.model_io import load
+from darkroom.training.denoiser_step import DenoiserStep
+from darkroom.training.first_stage_step import FirstStageStep
+from darkroom.training.loop import Batch, LoopConfig, Trainer
+from darkroom.training.progress import duration, memory_gib
+from darkroom.training.recipe import Recipe, find_recipe, read_recipe
+
+FIRST_STAGE_SHARE = 0.35  # of a time budget; reconstructions are good long before samples are
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage will do. `seconds_per_step` and `memory_gib` are None until measured."""
+
+    steps: int
+    images_per_step: int
+    parameters: int
+    seconds_per_step: float | None = None
+    memory_gib: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.seconds_per_step is None else self.steps * self.seconds_per_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of a run, for people to read before it starts."""
+
+    recipe: str
+    images: int
+    image_size: tuple[int, int]
+    image_channels: int
+    downsampling: int
+    latent_channels: int
+    conditioning: list[str]
+    first_stage: StagePlan | None
+    denoiser: StagePlan
+
+
+def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe settings for a folder or tar of images: resolution, f, conditioning and sizes for this machine and budget.
+
+    Captions win over classes, classes over nothing. Below three hours on a CPU, images become 64x64 with f = 4; with more
+    time or a GPU 128x128 with f = 8. `data` holds settings that the caller fixed.
+    """
+    found = open_dataset(from_dict(DataConfig, {"source": source, **data}, "data"))
+    large = torch.cuda.is_available() or (minutes is not None and minutes >= 180)
+    settings = read_recipe(find_recipe("auto-128" if large else "auto-64"))
+    conditioner: dict[str, Any] = {}
+    if "text" in found.fields:
+        conditioner["text"] = settings["conditioner"]["text"]
+    elif "class_label" in found.fields and len(found.class_names) > 1:
+        conditioner["class"] = settings["conditioner"]["class"]
+    settings["conditioner"] = conditioner
+    settings["name"] = Path(source).name.split(".")[0] or "images"
+    settings["description"] = f"Made by `darkroom train {Path(source).name}`."
+    settings["data"] = merge(settings.get("data", {}), {"source": source, **data})
+    return settings
+
+
+class _RandomBatches:
+    """Random images of the right shape with real labels and captions: enough to time a step."""
+
+    def __init__(self, shape: tuple[int, ...], batch_size: int, labels: Mapping[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batch: Batch = {"image": torch.rand(batch_size, *shape, generator=generator) * 2 - 1}
+        self.batch |= {key: [value] * batch_size for key, value in labels.items()}
+
+    def batch_at(self, train_step: int, micro: int = 0) -> Batch:
+        return dict(self.batch)
+
+
+class Planner:
+    """Builds a recipe's parts without training them."""
+
+    def __init__(self, recipe: Recipe, data: ImageDataset, device: torch.device) -> None:
+        self.recipe, self.data, self.device = recipe, data, device
+        self.first_stage = self._first_stage()
+        config = conditioner_config(recipe.conditioner, data.class_names, data.captions())
+        self.conditioner = build_conditioner(config)
+        channels = recipe.data.channels if self.first_stage is None else self.first_stage.latent_channels
+        self.denoiser = build_denoiser(denoiser_config(recipe.denoiser, {}, channels, self.conditioner))
+
+    def _first_stage(self) -> FirstStage | None:
+        choice = self.recipe.first_stage
+        if choice.train is not None:
+            return build_first_stage(to_dict(choice.train.autoencoder))
+        if choice.name is None and choice.path is None:
+            return None
+        given = load(choice.name or str(choice.path), device="cpu")
+        first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
+        if first_stage is None:
+            raise DarkroomError(f"{choice.name or choice.path}: holds no first stage")
+        return first_stage
+
+    def plan(self, measure: bool = False) -> Plan:
+        recipe, first_stage = self.recipe, self.first_stage
+        size = recipe.data.size
+        train = recipe.first_stage.train
+        stage = None
+        if train is not None:
+            assert first_stage is not None
+            stage = self._stage(train, first_stage, lambda: FirstStageStep(first_stage.autoencoder, train.objective), measure)
+        both = nn.ModuleList([self.denoiser, self.conditioner])
+        denoiser = self._stage(
+            recipe,
+            both,
+            lambda: DenoiserStep(self.denoiser, self.conditioner, first_stage, recipe.objective),
+            measure,
+        )
+        return Plan(
+            recipe=recipe.name,
+            images=len(self.data),
+            image_size=(size, size) if isinstance(size, int) else size,
+            image_channels=recipe.data.channels,
+            downsampling=1 if first_stage is None else first_stage.downsampling,
+            latent_channels=recipe.data.channels if first_stage is None else first_stage.latent_channels,
+            conditioning=list(self.conditioner.fields),
+            first_stage=stage,
+            denoiser=denoiser,
+        )
+
+    def _stage(self, config: LoopConfig, module: nn.Module, step: Any, measure: bool) -> StagePlan:
+        images = config.batch_size * config.accumulation
+        parameters = sum(p.numel() for p in module.parameters())
+        plan = StagePlan(config.steps, images, parameters)
+        return replace(plan, **self._time(config, step())) if measure else plan
+
+    def _time(self, config: LoopConfig, step: Any) -> dict[str, float]:
+        size = self.recipe.data.size
+        width, height = (size, size) if isinstance(size, int) else size
+        shape: tuple[int, ...] = (self.recipe.data.channels, height, width)
+        example = self.data[0]
+        batches = _RandomBatches(shape, config.batch_size, {f: example[f] for f in self.conditioner.fields})
+        if isinstance(step, DenoiserStep) and self.first_stage is not None:
+            f = self.first_stage.downsampling
+            moments = torch.zeros(config.batch_size, 2 * self.first_stage.latent_channels, height // f, width // f)
+            del batches.batch["image"]
+            batches.batch["moments"] = moments
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer("plan", step, batches, config, Path(folder), device=self.device, quiet=True)
+            # The discriminator's steps are the dear ones: a budget must hold with them.
+            for phase in step.phases:
+                phase.starts_at = 0
+            seconds = []
+            for _ in range(TIMED_STEPS + 1):
+                started = time.perf_counter()
+                trainer.run_step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - started)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else memory_gib()
+        return {"seconds_per_step": statistics.median(seconds[1:]), "memory_gib": memory}
+
+
+def fit_minutes(recipe: Recipe, plan: Plan, minutes: float) -> Recipe:
+    """The recipe with the steps of both stages set so that they fill `minutes`, given a measured plan."""
+    assert plan.denoiser.seconds_per_step is not None
+    share = 0.0
+    if plan.first_stage is not None and recipe.first_stage.train is not None:
+        assert plan.first_stage.seconds_per_step is not None
+        share = FIRST_STAGE_SHARE
+        steps = max(1, int(minutes * 60 * share / plan.first_stage.seconds_per_step))
+        train = _with_steps(recipe.first_stage.train, steps)
+        recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
+    steps = max(1, int(minutes * 60 * (1 - share) / plan.denoiser.seconds_per_step))
+    return _with_steps(recipe, steps)
+
+
+def _with_steps(config: Any, steps: int) -> Any:
+    """New number of steps; intervals, warm-up and averaging keep their proportion to the run."""
+    ema = config.optimizer.ema_decay
+    return replace(
+        config,
+        steps=steps,
+        checkpoint_every=max(1, min(config.checkpoint_every, steps // 4)),
+        validate_every=max(1, min(config.validate_every, steps // 10)),
+        sample_every=max(1, min(config.sample_every, steps // 6)),
+        optimizer=replace(
+            config.optimizer,
+            warmup_steps=min(config.optimizer.warmup_steps, steps // 10),
+            ema_decay=None if ema is None else min(ema, 1 - 1 / max(10.0, steps / 10)),
+        ),
+    )
+
+
+def describe_plan(plan: Plan) -> str:
+    """A few lines for people."""
+    width, height = plan.image_size
+    f = plan.downsampling
+    lines = [
+        f"plan: {plan.recipe}",
+        f"  data       {plan.images} images, {width}x{height}, {plan.image_channels} channels",
+        f"  latents    {width // f}x{height // f}x{plan.latent_channels} (f = {f})",
+        f"  condition  {', '.join(plan.conditioning) or 'none'}",
+    ]
+    for name, stage in (("first stage", plan.first_stage), ("denoiser", plan.denoiser)):
+        if stage is None:
+            continue
+        text = f"  {name:<11}{stage.parameters / 1e6:.2f} M parameters, {stage.steps} steps of {stage.images_per_step} images"
+        if stage.seconds is not None and stage.memory_gib is not None:
+            text += f", about {duration(stage.seconds)} ({stage.seconds / 3600:.2f} h), {stage.memory_gib:.1f} GiB"
+        lines.append(text)
+    return "\n".join(lines)

@@ -1,0 +1,544 @@
+"""The whole job: data in, trained model folder and report out. What `darkroom.train` and `darkroom train` call.
+
+    resolve the recipe -> look at the data -> plan -> first stage (train, or take one) -> measure its latents
+    -> latent cache -> denoiser and conditioner -> model folder, samples, report
+
+A run folder that was interrupted anywhere continues with `resume=True` where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from darkroom import __version__
+from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
+from darkroom.conditioning.conditioner import Conditioner
+from darkroom.config import merge, to_dict, with_overrides
+from darkroom.data.batches import Batches, collate
+from darkroom.data.io import contact_sheet, image_grid, write_image
+from darkroom.data.latent_cache import LatentCache
+from darkroom.data.sources import open_dataset
+from darkroom.denoiser import Denoiser
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
+from darkroom.model_io import load, save, select_device
+from darkroom.plan import Plan, Planner, automatic_recipe, describe_plan, fit_minutes
+from darkroom.report import model_card, write_report
+from darkroom.training.denoiser_step import DenoiserStep
+from darkroom.training.distributed import World, join_world
+from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
+from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, step_generator
+from darkroom.training.progress import duration
+from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
+
+VALIDATION_IMAGES = 256
+SMALL_SET = 2000  # images below which a model of this kind repeats its training pictures
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished (or interrupted) training left behind."""
+
+    folder: Path
+    model: Path | None
+    report: Path | None
+    summary: dict[str, Any]
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.summary.get("interrupted"))
+
+
+def train(
+    source: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] = "runs/latest",
+    *,
+    data: str | os.PathLike[str] | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    init_from: str | os.PathLike[str] | None = None,
+    first_stage: str | os.PathLike[str] | None = None,
+    minutes: float | None = None,
+    dry_run: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Run:
+    """Train a latent diffusion model.
+
+    source: a recipe (file or shipped name), or the images themselves: a folder or tar, for which a recipe is made that
+        fits the data, this machine and `minutes`. With `resume` it may be left out: the run's own config is taken.
+    data: where the recipe's images are found, instead of what it names (also: environment variable DARKROOM_DATA).
+    minutes: time budget of both stages together; it is turned into steps once, at the start.
+    overrides: dotted recipe keys, {"steps": 500, "optimizer.learning_rate": 1e-4}.
+
+    Raises DarkroomError for anything a user can mend.
+    """
+    folder = Path(output)
+    changes = dict(overrides or {})
+    if seed is not None:
+        changes["seed"] = seed
+    resume = resume and (source is None or (folder / "config.yaml").is_file())  # nothing there yet: begin
+    if resume:
+        recipe = _resumed_recipe(folder, changes)
+    else:
+        _refuse_used_folder(folder)
+        recipe = _new_recipe(source, data, changes, first_stage, init_from, minutes)
+    job = _Job(recipe, folder, device=device, init_from=None if init_from is None else str(init_from), quiet=quiet)
+    if minutes is not None and not resume:
+        job.recipe = fit_minutes(job.recipe, job.plan(measure=True), minutes)
+    if dry_run:
+        plan = job.plan(measure=True)
+        print(describe_plan(plan), flush=True)
+        return Run(folder, None, None, {"plan": to_dict(plan)})
+    return job.run(resume)
+
+
+# --- which recipe ---------------------------------------------------------------------------------------------------
+
+
+def _new_recipe(
+    source: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str] | None,
+    changes: dict[str, Any],
+    first_stage: str | os.PathLike[str] | None,
+    init_from: str | os.PathLike[str] | None,
+    minutes: float | None,
+) -> Recipe:
+    if source is None:
+        raise DarkroomError("nothing to train on: give a recipe, a folder of images or a tar")
+    data = data or os.environ.get("DARKROOM_DATA")
+    text = str(source)
+    is_recipe = Path(text).suffix in (".yaml", ".yml") or not Path(text).exists()
+    if is_recipe:
+        settings = read_recipe(find_recipe(text))
+        if data is not None:
+            settings["data"] = found_at(settings.get("data", {}), str(data))
+    else:
+        settings = automatic_recipe(str(data or text), minutes, with_overrides({}, changes).get("data", {}))
+    if first_stage is not None:
+        settings["first_stage"] = {"path": str(first_stage)}
+    if init_from is not None:
+        settings = merge(settings, _parts_of_model(str(init_from)))
+    settings = with_overrides(settings, changes)
+    recipe = resolve(settings)
+    _check_stated(recipe, settings)
+    return recipe
+
+
+def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A recipe's data settings with the data at `place`: the folder that holds the files that the recipe names, or else
+    the images themselves, which then also replace the recipe's validation files."""
+    named = settings.get("source", "shapes")
+    names = [named] if isinstance(named, str) else list(named)
+    if Path(place).is_dir() and all(glob(str(Path(place) / name)) for name in names):
+        moved: dict[str, Any] = {"source": [str(Path(place) / name) for name in names]}
+        if isinstance(settings.get("validation"), str):
+            moved["validation"] = str(Path(place) / settings["validation"])
+        return merge(settings, moved)
+    changed = merge(settings, {"source": place})
+    if isinstance(changed.get("validation"), str):
+        del changed["validation"]
+    return changed
+
+
+def _check_stated(recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """Widths that follow from other parts must not contradict them; found before any training."""
+    stated = settings.get("denoiser", {}).get("network", {})
+    channels = recipe.data.channels
+    if recipe.first_stage.train is not None:
+        autoencoder = recipe.first_stage.train.autoencoder
+        if autoencoder.in_channels != recipe.data.channels:
+            raise DarkroomError(
+                f'"first_stage.train.autoencoder.in_channels" is {autoencoder.in_channels} but the data has '
+                f'"data.channels" {recipe.data.channels}: make them equal'
+            )
+        channels = autoencoder.embed_dim
+    elif recipe.first_stage.name or recipe.first_stage.path:
+        return  # checked when the model is built
+    for key in ("in_channels", "out_channels"):
+        if key in stated and stated[key] != channels:
+            raise DarkroomError(
+                f'"denoiser.network.{key}" is {stated[key]} but the first stage gives {channels} channels: remove the line'
+            )
+
+
+def _parts_of_model(path: str) -> dict[str, Any]:
+    """Recipe settings that rebuild a given model's architecture, for --init-from."""
+    model = load(path, device="cpu")
+    if not isinstance(model, LatentDiffusion):
+        raise DarkroomError(f'--init-from {path}: holds only a first stage; use --first-stage {path}')
+    encoders = {
+        name: {k: v for k, v in entry.items() if k != "tokenizer"}
+        for name, entry in model.conditioner.config_dict.get("encoders", {}).items()  # type: ignore[union-attr]
+    }
+    settings: dict[str, Any] = {"denoiser": model.denoiser.config_dict, "conditioner": encoders}
+    if model.first_stage is not None:
+        settings["first_stage"] = {"train": None, "name": None, "path": path}
+    return settings
+
+
+def _resumed_recipe(folder: Path, changes: dict[str, Any]) -> Recipe:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise DarkroomError(f"{folder}: no run to resume (config.yaml is missing); start it without --resume")
+    return resolve(read_recipe(path), changes)
+
+
+def _refuse_used_folder(folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
+    if folder.exists() and not folder.is_dir():
+        raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
+
+
+# --- the job --------------------------------------------------------------------------------------------------------
+
+
+class _Job:
+    """One run: what it holds is the recipe, the folder and the opened data; each stage is a method."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *, device: str, init_from: str | None, quiet: bool) -> None:
+        self.recipe, self.folder, self.quiet, self.init_from = recipe, folder, quiet, init_from
+        self.device = select_device(device)
+        self.world: World = join_world()
+        self.started = time.perf_counter()
+        self.data = open_dataset(recipe.data, "train")
+        self.validation = open_dataset(recipe.data, "validation")
+        self.warnings: list[str] = []
+        if len(self.data) < SMALL_SET:
+            self.warnings.append(
+                f"only {len(self.data)} training images: a model of this kind will partly memorise them; "
+                "compare samples with their nearest training images before you show them as new"
+            )
+
+    def say(self, text: str) -> None:
+        if not self.quiet and self.world.is_main:
+            print(text, flush=True)
+
+    def plan(self, measure: bool = False) -> Plan:
+        """What will be done; with `measure` also how long it takes, from a few timed steps."""
+        return Planner(self.recipe, self.data, self.device).plan(measure)
+
+    # --- stages ---
+
+    def run(self, resume: bool) -> Run:
+        recipe, folder = self.recipe, self.folder
+        plan = self.plan()
+        if self.world.is_main:
+            self._prepare(plan, resume)
+        self.say(describe_plan(plan))
+        for warning in self.warnings:
+            self.say(f"warning: {warning}")
+        summary: dict[str, Any] = self._environment()
+        first_stage, result = self.first_stage_stage(resume)
+        if result is not None:
+            summary |= _stage_summary("first_stage", result)
+            if result.interrupted:
+                return self._interrupted(summary)
+        model, result, live = self.denoiser_stage(first_stage, resume)
+        summary |= _stage_summary("denoiser", result)
+        if result.interrupted:
+            return self._interrupted(summary)
+        if not self.world.is_main:
+            return Run(folder, None, None, summary)
+        summary["minutes"] = round((summary.get("first_stage_seconds", 0) + summary["denoiser_seconds"]) / 60, 2)
+        model.info |= self._model_info(summary)
+        save(model, folder / "model", card=model_card(self._card(model, summary)), live=live)
+        _write_json(folder / "summary.json", summary)
+        report = write_report(folder)
+        self.say(f"model: {folder / 'model'}\nreport: {report}")
+        return Run(folder, folder / "model", report, summary)
+
+    def _prepare(self, plan: Plan, resume: bool) -> None:
+        folder = self.folder
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        description = self.data.describe() | {"warnings": self.warnings, "validation_count": len(self.validation)}
+        description["problems"] = [list(p) for p in self.data.problems]
+        old = folder / "data.json"
+        if resume and old.is_file() and json.loads(old.read_text()).get("digest") != description.get("digest"):
+            raise DarkroomError(f"{folder}: the data has changed since this run began; start a new run with --init-from")
+        _write_json(old, description)
+        _write_text(folder / "config.yaml", yaml.safe_dump(to_dict(self.recipe), sort_keys=False, allow_unicode=True))
+        _write_json(folder / "plan.json", to_dict(plan))
+        count = min(32, len(self.data))
+        shown = [self.data[i * len(self.data) // count] for i in range(count)]
+        write_image(contact_sheet(shown), folder / "samples" / "contact-sheet.png")
+        if self.data.problems:
+            self.say(f"skipped {len(self.data.problems)} unreadable images (listed in {folder / 'data.json'})")
+
+    def _trainer(self, stage: str, step: Any, source: Any, config: LoopConfig, hooks: Hooks) -> Trainer:
+        return Trainer(
+            stage, step, source, config, self.folder, device=self.device, world=self.world, hooks=hooks, quiet=self.quiet
+        )
+
+    def _batches(self, dataset: Any, config: LoopConfig) -> Batches:
+        return Batches(dataset, config.batch_size, config.seed, rank=self.world.rank, world_size=self.world.size)
+
+    def _validation_batches(self, dataset: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+        count = min(VALIDATION_IMAGES, len(dataset))
+        return [
+            collate([dataset[i] for i in range(first, min(first + batch_size, count))])
+            for first in range(0, count, batch_size)
+        ]
+
+    def first_stage_stage(self, resume: bool) -> tuple[FirstStage | None, LoopResult | None]:
+        """The trained or given first stage, with measured latents; None for pixel models."""
+        choice = self.recipe.first_stage
+        if choice.train is None:
+            if choice.name is None and choice.path is None:
+                return None, None
+            given = load(choice.name or str(choice.path), device=str(self.device))
+            first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
+            if first_stage is None:
+                raise DarkroomError(f"{choice.name or choice.path}: holds no first stage")
+            return first_stage, None
+        done = self.folder / "first_stage"
+        if resume and (done / "darkroom.json").is_file():
+            loaded = load(done, device=str(self.device))
+            assert isinstance(loaded, FirstStage)
+            return loaded, None
+        config = choice.train
+        torch.manual_seed(config.seed)
+        first_stage = build_first_stage(to_dict(config.autoencoder))
+        quieten_posterior(first_stage.autoencoder, config.objective.initial_posterior_std)
+        step = FirstStageStep(first_stage.autoencoder, config.objective)
+        batches = self._validation_batches(self.validation)
+        shown = torch.cat([b["image"] for b in batches])[:8]
+
+        def validate(_: int) -> dict[str, float]:
+            return step.validation_loss(batches, config.seed)
+
+        def sample(train_step: int) -> None:
+            if self.world.is_main:
+                decoded = first_stage.autoencoder.decode(first_stage.autoencoder.encode(shown.to(self.device)).mode())
+                error = (decoded.float().cpu() - shown).abs() * 2 - 1
+                rows = torch.cat([shown, decoded.float().cpu(), error])
+                path = self.folder / "samples" / f"first_stage-{train_step:06d}.png"
+                write_image(image_grid(to_uint8(rows), columns=shown.shape[0]), path)
+
+        trainer = self._trainer("first_stage", step, self._batches(self.data, config), config, Hooks(validate, sample))
+        result = trainer.run(resume)
+        if result.interrupted:
+            return first_stage, result
+        if trainer.ema is not None:
+            trainer.ema.swap()  # the averaged weights are the first stage from here on
+        first_stage.to(self.device).eval()
+        self.say("measuring the latents")
+        count = min(len(self.data), 4096)
+        images = (collate([self.data[i] for i in range(k, min(k + 64, count))])["image"] for k in range(0, count, 64))
+        first_stage.measure(images, step_generator(config.seed, "measure"))
+        if self.world.is_main:
+            save(first_stage, done)
+        return first_stage, result
+
+    def denoiser_stage(
+        self, first_stage: FirstStage | None, resume: bool
+    ) -> tuple[LatentDiffusion, LoopResult, dict[str, dict[str, Tensor]] | None]:
+        """The trained model (averaged weights), how training went, and the live weights."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        denoiser, conditioner = self._build_denoiser(first_stage)
+        step = DenoiserStep(denoiser, conditioner, first_stage, recipe.objective)
+        dataset, validation = self._latents(first_stage)
+        batches = self._validation_batches(validation)
+        model = LatentDiffusion(first_stage, denoiser, conditioner, self._model_info({}))
+        for module in (denoiser, conditioner):
+            module.to(self.device, memory_format=torch.channels_last)
+        request = self.sample_request(model)
+
+        def validate(_: int) -> dict[str, float]:
+            return step.validation_loss(batches, recipe.seed) if batches else {}
+
+        def sample(train_step: int) -> None:
+            if self.world.is_main:
+                images = model.generate(request).images
+                path = self.folder / "samples" / f"denoiser-{train_step:06d}.png"
+                write_image(image_grid(images), path)
+
+        trainer = self._trainer("denoiser", step, self._batches(dataset, recipe), recipe, Hooks(validate, sample))
+        result = trainer.run(resume)
+        live = None
+        if trainer.ema is not None and not result.interrupted:
+            live = {name: _clone_state(module) for name, module in step.modules.items()}
+            trainer.ema.swap()
+        model.eval()
+        return model, result, live
+
+    def _build_denoiser(self, first_stage: FirstStage | None) -> tuple[Denoiser, Conditioner]:
+        recipe = self.recipe
+        if self.init_from is not None:
+            model = load(self.init_from, device="cpu")
+            assert isinstance(model, LatentDiffusion)
+            model.denoiser.requires_grad_(True)
+            model.conditioner.requires_grad_(True)
+            self._check_classes(model.conditioner)
+            return model.denoiser, model.conditioner
+        kept = self.folder / "conditioner.json"  # the tokenizer and class names of this run
+        if kept.is_file():
+            config = json.loads(kept.read_text())
+        else:
+            names = self.data.class_names
+            config = conditioner_config(recipe.conditioner, names, self.data.captions())
+            if self.world.is_main:
+                _write_json(kept, config)
+        conditioner = build_conditioner(config)
+        channels = recipe.data.channels if first_stage is None else first_stage.latent_channels
+        return build_denoiser(denoiser_config(recipe.denoiser, {}, channels, conditioner)), conditioner
+
+    def _check_classes(self, conditioner: Conditioner) -> None:
+        for encoder in conditioner.encoders.values():
+            classes = getattr(getattr(encoder, "config", None), "classes", None)
+            if classes is not None and list(classes) != list(self.data.class_names or []):
+                raise DarkroomError(
+                    f"--init-from {self.init_from}: its classes ({', '.join(classes[:4])}, ...) are not those of the data; "
+                    "name the class folders alike, or train without --init-from"
+                )
+
+    def _latents(self, first_stage: FirstStage | None) -> tuple[Any, Any]:
+        """The two splits as cached posterior moments; the images themselves for pixel models."""
+        if first_stage is None:
+            return self.data, self.validation
+        autoencoder = first_stage.autoencoder.eval()
+
+        def encode(images: Tensor) -> Tensor:
+            return autoencoder.encode(images.to(self.device)).moments
+
+        self.say("encoding the images to latents")
+        return tuple(  # type: ignore[return-value]
+            LatentCache.build(d, encode, self.folder / "latents" / split, autoencoder=autoencoder)
+            for split, d in (("train", self.data), ("validation", self.validation))
+        )
+
+    def sample_request(self, model: LatentDiffusion) -> Request:
+        """The fixed request of the sample grids: prompts or classes of the recipe or the validation split."""
+        evaluate, conditioner = self.recipe.evaluate, model.conditioner
+        count = evaluate.samples
+        prompts: list[str] | None = None
+        labels: list[str | int] | None = None
+        if "text" in conditioner.fields:
+            captions = list(evaluate.prompts or self.validation.captions() or self.data.captions() or [""])
+            prompts = [captions[i * len(captions) // count % len(captions)] for i in range(count)]
+        elif "class_label" in conditioner.fields:
+            classes = len(self.data.class_names or [0])
+            labels = [i % classes for i in range(count)]
+        return Request(prompts=prompts, class_labels=labels, seeds=list(range(count)))
+
+    # --- words about the run ---
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "hardware": hardware(self.device),
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "darkroom": __version__,
+            "seed": self.recipe.seed,
+            "processes": self.world.size,
+        }
+
+    def _model_info(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        evaluate, size = self.recipe.evaluate, self.recipe.data.size
+        width, height = (size, size) if isinstance(size, int) else size
+        return {
+            "name": self.recipe.name,
+            "description": self.recipe.description,
+            "defaults": {
+                "steps": evaluate.steps,
+                "solver": evaluate.solver,
+                "guidance_scale": evaluate.guidance_scale,
+                "size": [width, height],
+            },
+            "data": {k: v for k, v in self.data.describe().items() if k != "problems"},
+            "training": dict(summary),
+        }
+
+    def _card(self, model: LatentDiffusion, summary: Mapping[str, Any]) -> dict[str, Any]:
+        steps = {k.removesuffix("_steps"): v for k, v in summary.items() if k.endswith("_steps") and "skipped" not in k}
+        parts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+        scores = {k: v for k, v in summary.items() if k in ("first_stage_psnr", "denoiser_validation_loss")}
+        info = self._model_info(summary) | {
+            "image_size": self._model_info({})["defaults"]["size"],
+            "channels": self.recipe.data.channels,
+            "downsampling": model.downsampling,
+            "latent_channels": model.latent_channels,
+            "conditioning": list(model.conditioner.fields),
+            "classes": list(self.data.class_names or []) if "class_label" in model.conditioner.fields else [],
+            "parameters": parts,
+            "recipe": self.recipe.name,
+            "steps": steps,
+            "minutes": summary.get("minutes"),
+            "hardware": summary.get("hardware"),
+            "threads": summary.get("threads"),
+            "seed": self.recipe.seed,
+            "scores": scores,
+            "prompts": (self.sample_request(model).prompts or [])[:4],
+            "warnings": self.warnings,
+            "version": __version__,
+        }
+        if self.init_from is not None:
+            info["base"] = self.init_from
+        return info
+
+    def _interrupted(self, summary: dict[str, Any]) -> Run:
+        summary["interrupted"] = True
+        if self.world.is_main:
+            _write_json(self.folder / "summary.json", summary)
+            self.say(f"stopped; everything is saved. Continue with: darkroom train --resume --output {self.folder}")
+        return Run(self.folder, None, None, summary)
+
+
+def hardware(device: torch.device) -> str:
+    """What the numbers were made on, in a few words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _stage_summary(stage: str, result: LoopResult) -> dict[str, Any]:
+    numbers = {f"{stage}_{k}": round(v, 5) for k, v in result.last.items() if k in ("loss", "psnr", "validation_loss")}
+    return {
+        f"{stage}_steps": result.steps,
+        f"{stage}_seconds": round(result.seconds, 1),
+        f"{stage}_time": duration(result.seconds),
+        f"{stage}_skipped_steps": result.skipped_steps,
+        f"{stage}_rollbacks": result.rollbacks,
+        **numbers,
+    }
+
+
+def _clone_state(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+

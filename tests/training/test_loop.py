@@ -1,0 +1,200 @@
+"""The loop on a problem small enough to check by hand: skipping, rolling back, averaging, rates, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from darkroom.errors import DarkroomError
+from darkroom.training.checkpoint import latest_checkpoint
+from darkroom.training.ema import EMA, ema_decay
+from darkroom.training.loop import Hooks, LoopConfig, Phase, Trainer, step_generator
+from darkroom.training.optim import OptimizerConfig, learning_rate, make_optimizer
+
+
+class Quadratic(nn.Module):
+    """loss = mean((w - target - noise)^2); non-finite at the steps in `bad`."""
+
+    def __init__(self, bad: set[int] | None = None, bad_above_rate: float | None = None) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3, 2))
+        self.bad = bad or set()
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator, train_step: int) -> tuple[Tensor, dict]:
+        noise = torch.randn(3, 2, generator=generator) * 0.1
+        loss = (self.w - batch["target"] - noise).square().mean()
+        return (loss * math.nan if train_step in self.bad else loss), {"noise": noise.mean()}
+
+
+class Step:
+    def __init__(self, module: nn.Module) -> None:
+        self.phases = [Phase("only", module, list(module.parameters()))]
+        self.modules = {"net": module}
+        self.ema_modules = {"net": module}
+
+
+class Source:
+    def batch_at(self, train_step: int, micro: int = 0) -> dict[str, Any]:
+        return {"target": torch.full((3, 2), 1.0 + 0.01 * train_step + 0.1 * micro)}
+
+
+def trainer(folder: Path, bad: set[int] | None = None, **changes: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "steps": 12,
+        "batch_size": 1,
+        "log_every": 1,
+        "checkpoint_every": 4,
+        "precision": "float32",
+        "optimizer": OptimizerConfig(learning_rate=0.1, warmup_steps=2, ema_decay=0.9),
+    }
+    return Trainer("stage", Step(Quadratic(bad)), Source(), LoopConfig(**(settings | changes)), folder, quiet=True)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+
+
+def test_a_run_in_two_parts_equals_one_run(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "a")
+    whole.run()
+    first = trainer(tmp_path / "b")
+
+    def stop_at_seven(n: int) -> None:
+        if n == 7:
+            raise RuntimeError("killed")
+
+    first.hooks = Hooks(validate=stop_at_seven)
+    object.__setattr__(first.config, "validate_every", 1)
+    with pytest.raises(RuntimeError, match="killed"):
+        first.run()
+    second = trainer(tmp_path / "b")
+    second.run(resume=True)
+    assert torch.equal(whole.modules["net"].w, second.modules["net"].w)
+    for key, value in whole.ema.averages.items():  # type: ignore[union-attr]
+        assert torch.equal(value, second.ema.averages[key])  # type: ignore[union-attr]
+    ours, theirs = (t.optimizers["only"].state_dict()["state"][0] for t in (whole, second))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+
+
+def test_accumulation_averages_the_micro_batches(tmp_path: Path) -> None:
+    """Two micro-batches: the gradient is the mean of both, computed here by hand."""
+    t = trainer(tmp_path, accumulation=2)
+    metrics = t.run_step()
+    gradient = torch.zeros(3, 2)
+    for micro in range(2):
+        noise = torch.randn(3, 2, generator=step_generator(0, "stage", 0, "only", micro, 0)) * 0.1
+        gradient += 2 * (0 - (1.0 + 0.1 * micro) - noise) / 6 / 2
+    assert metrics["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
+    t = trainer(tmp_path, bad={0})
+    before = t.modules["net"].w.clone()
+    assert t.run_step()["skipped"] == 1
+    assert torch.equal(before, t.modules["net"].w)
+    assert t.ema is not None and t.ema.updates == 0
+    result = trainer(tmp_path / "run", bad={3, 5}).run()
+    assert result.skipped_steps == 2 and result.rollbacks == 0 and result.steps == 12
+
+
+def test_repeated_non_finite_steps_roll_back_lower_the_rate_and_stop(tmp_path: Path) -> None:
+    t = trainer(tmp_path, bad=set(range(6, 100)), skips_before_rollback=2, rollbacks_before_stop=2)
+    with pytest.raises(DarkroomError, match="not finite") as error:
+        t.run()
+    assert "learning_rate" in str(error.value) and "\n" not in str(error.value)
+    assert t.rate_scale == 0.25
+    assert t.train_step < 12
+    assert torch.isfinite(t.modules["net"].w).all()
+
+
+def test_a_rollback_returns_to_the_checkpoint(tmp_path: Path) -> None:
+    t = trainer(tmp_path, bad={5, 6}, skips_before_rollback=2, steps=8)
+    seen: list[float] = []
+    original = t._on_non_finite
+
+    def healed(loss: float) -> None:
+        original(loss)
+        if t.rollbacks:
+            t.modules["net"].bad = set()
+            seen.append(t.train_step)
+
+    t._on_non_finite = healed  # type: ignore[method-assign]
+    result = t.run()
+    assert seen == [4] and result.rollbacks == 1 and result.steps == 8
+    assert [r["train_step"] for r in lines(tmp_path)] == list(range(1, 9))
+    assert lines(tmp_path)[-1]["learning_rate"] == pytest.approx(0.05)
+
+
+def test_rates(tmp_path: Path) -> None:
+    constant = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(constant, i, 10) for i in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    cosine = OptimizerConfig(learning_rate=1.0, warmup_steps=0, decay="cosine", final_fraction=0.1)
+    assert learning_rate(cosine, 0, 10) == pytest.approx(1.0)
+    assert learning_rate(cosine, 5, 10) == pytest.approx(0.55)
+    assert learning_rate(cosine, 10, 10) == pytest.approx(0.1)
+
+
+def test_weight_decay_spares_vectors_and_every_parameter_has_one_group() -> None:
+    module = nn.Linear(3, 2)
+    optimizer = make_optimizer(module.parameters(), OptimizerConfig(weight_decay=0.1))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay == {id(module.weight): 0.1, id(module.bias): 0.0}
+
+
+def test_ema_follows_the_official_warm_up() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 1.0)
+    ema = EMA({"m": module}, 0.99)
+    expected = 1.0
+    for n in range(1, 5):
+        nn.init.constant_(module.weight, float(n))
+        ema.update()
+        decay = min(0.99, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert float(ema.averages["m.weight"]) == pytest.approx(expected, rel=1e-6)
+    assert ema_decay(10**6, 0.99) == 0.99
+    with ema:
+        assert float(module.weight.detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(module.weight.detach()) == 4.0
+
+
+def test_old_checkpoints_are_pruned_and_half_written_ones_removed(tmp_path: Path) -> None:
+    t = trainer(tmp_path, keep_checkpoints=1)
+    t.checkpoints.mkdir(parents=True)
+    (t.checkpoints / ".step-00000004.safetensors.part").write_text("half")
+    t.run()
+    assert [p.name for p in t.checkpoints.iterdir()] == ["step-00000012.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    newest = latest_checkpoint(tmp_path / "checkpoints" / "stage")
+    assert newest is not None
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(DarkroomError, match="not a readable checkpoint"):
+        trainer(tmp_path).run(resume=True)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import darkroom.training.checkpoint as module
+
+    t = trainer(tmp_path)
+    t.run()
+    before = sorted(p.name for p in t.checkpoints.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    t.train_step = 13
+    with pytest.raises(DarkroomError, match="No space left"):
+        t.save()
+    assert sorted(p.name for p in t.checkpoints.iterdir()) == before
