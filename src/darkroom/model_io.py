@@ -41,7 +41,7 @@ from darkroom.safe_files import (
     sha256_of,
     write_safetensors,
 )
-from darkroom.safe_pickle import read_checkpoint
+from darkroom.safe_pickle import read_checkpoint, tensor_table
 
 __all__ = ["bundled", "load", "save", "select_device", "select_dtype"]
 
@@ -115,9 +115,7 @@ def load(
 def _refuse_single_file(path: Path) -> None:
     """Official checkpoints are recognised, read safely, and not loaded by this version."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
-        content = read_checkpoint(path)
-        table = content.get("state_dict", content) if isinstance(content, dict) else {}
-        names = [str(name) for name in table] if isinstance(table, dict) else []
+        names = list(tensor_table(read_checkpoint(path)))
     elif path.suffix == ".safetensors":
         names = list(read_safetensors_header(path).tensors)
     else:

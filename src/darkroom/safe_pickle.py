@@ -330,3 +330,12 @@ def _as_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError("values appended outside a list")
     return value
+
+
+def tensor_table(content: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: its `state_dict` if it has one, else its own entries."""
+    import torch
+
+    table = content.get("state_dict", content) if isinstance(content, dict) else {}
+    items = table.items() if isinstance(table, dict) else ()
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}

@@ -1,0 +1,346 @@
+"""`darkroom generate`: arguments -> one `Request` -> images that carry their settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from darkroom.errors import DarkroomError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from darkroom.latent_diffusion import LatentDiffusion, Request
+
+DEFAULT_MODEL = "emoji"
+DEFAULT_FOLDER = "generated"
+MAX_SEEDS = 100_000
+_SEED_WORD = re.compile(r"\d+(\.\.\d+)?(,\d+(\.\.\d+)?)*")
+
+
+def parse_seeds(words: Sequence[str]) -> list[int]:
+    """("1", "4,7", "0..3") -> [1, 4, 7, 0, 1, 2, 3]."""
+    seeds: list[int] = []
+    for word in words:
+        if not _SEED_WORD.fullmatch(word):
+            raise DarkroomError(
+                f"--seed {word}: give whole numbers or a range, for example --seed 1 2 5 or --seed 0..15"
+            )
+        for part in word.split(","):
+            first, _, last = part.partition("..")
+            if last and int(last) < int(first):
+                raise DarkroomError(f"--seed {word}: the range ends before it begins")
+            if int(last or first) - int(first) >= MAX_SEEDS:
+                raise DarkroomError(f"--seed {word}: more than {MAX_SEEDS} seeds at once")
+            seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+class SeedsCommand(click.Command):
+    """Lets `--seed 1 2 3` take several words: numbers after --seed are seeds, up to the next word that is none."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        after_seed = False
+        for i, word in enumerate(args):
+            if word == "--":
+                spread += args[i:]
+                break
+            if after_seed and _SEED_WORD.fullmatch(word) and spread[-1] != "--seed":
+                spread.append("--seed")
+            elif after_seed and spread[-1] != "--seed":
+                after_seed = False
+            after_seed = after_seed or word == "--seed"
+            spread.append(word)
+        return super().parse_args(context, spread)
+
+
+@click.command(cls=SeedsCommand, short_help="Make images.")
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="A class by name or number (repeatable).")
+@click.option("-m", "--model", help=f"Model folder or bundled name. [default: {DEFAULT_MODEL}]")
+@click.option("--seed", "seeds", multiple=True, metavar="N...", help="Seeds: 7, or 1 2 5, or 0..15. [default: 0]")
+@click.option("-n", "--count", type=click.IntRange(1, MAX_SEEDS), help="So many images per prompt, seeds counted up.")
+@click.option("--steps", type=click.IntRange(min=1), help="Solver steps: more is slower and finer.")
+@click.option("--cfg-scale", type=float, help="Guidance: how closely to follow the prompt; 1 is off.")
+@click.option("--solver", help="ddim, ddpm, euler, heun or dpm++2m.")
+@click.option("--eta", type=click.FloatRange(min=0), help="Share of fresh noise per step, for ddim.")
+@click.option("--width", type=click.IntRange(min=1), help="Pixels. [default: the model's size]")
+@click.option("--height", type=click.IntRange(min=1), help="Pixels. [default: the model's size]")
+@click.option("--negative-prompt", help="What the images should not be like.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time: more needs more memory.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Repeat the batch recorded in this PNG.")
+@click.option("--grid", is_flag=True, help="All images in one PNG instead of one file each.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help=f"A .png or a folder. [default: {DEFAULT_FOLDER}/]"
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.pass_context
+def generate(context: click.Context, **options: Any) -> None:
+    """Make images from prompts, from classes, or from nothing if the model was trained so.
+
+    Each prompt is drawn with each seed; the same seed gives the same picture. Every PNG carries its settings:
+    --from repeats the batch it was made in, pixel for pixel (to a .png: that one image).
+
+    \b
+      darkroom generate "a red fox" "a snail" --seed 0..3 --grid -o grid.png
+      darkroom generate -m runs/clothes --class T-Shirt --count 8
+      darkroom generate --from generated/0000-seed0-a-red-fox.png -o again.png
+    """
+    given = Given(**{name: value for name, value in options.items() if name in Given.__dataclass_fields__})
+    if options["source"] is not None:
+        _repeat(context, given, options["source"])
+    else:
+        _generate(given)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The command line as it was typed."""
+
+    prompts: tuple[str, ...]
+    classes: tuple[str, ...]
+    model: str | None
+    seeds: tuple[str, ...]
+    count: int | None
+    steps: int | None
+    cfg_scale: float | None
+    solver: str | None
+    eta: float | None
+    width: int | None
+    height: int | None
+    negative_prompt: str | None
+    batch_size: int | None
+    grid: bool
+    output: Path | None
+    device: str
+    threads: int | None
+
+
+def _generate(given: Given) -> None:
+    if given.prompts and given.classes:
+        raise DarkroomError("give prompts or classes, not both")
+    seeds = parse_seeds(given.seeds) or [0]
+    if given.count is not None:
+        if len(seeds) > 1:
+            raise DarkroomError("give several seeds or --count, not both: --count counts up from one seed")
+        seeds = list(range(seeds[0], seeds[0] + given.count))
+    target = Target.choose(given.output, given.grid)
+
+    from darkroom.latent_diffusion import Request
+
+    model = _load(given)
+    subjects = given.prompts or given.classes
+    width, height = model.defaults["size"]
+    request = Request(
+        prompts=[prompt for prompt in given.prompts for _ in seeds] or None,
+        class_labels=[name for name in given.classes for _ in seeds] or None,
+        seeds=seeds * max(1, len(subjects)),
+        steps=given.steps,
+        guidance_scale=given.cfg_scale,
+        solver=given.solver,
+        eta=given.eta or 0.0,
+        size=(given.width or width, given.height or height),
+        negative_prompt=given.negative_prompt,
+        batch_size=given.batch_size,
+    )
+    _make(model, request, target, _shareable(given.model))
+
+
+def _repeat(context: click.Context, given: Given, source: Path) -> None:
+    """Make the recorded batch again. What would change the pictures cannot be combined with it."""
+    fixed = ("prompts", "classes", "seeds", "count", "steps", "cfg_scale", "solver", "eta", "width", "height")
+    for name in (*fixed, "negative_prompt", "batch_size"):
+        if getattr(given, name) not in (None, ()):
+            flag = {"prompts": "a prompt", "classes": "--class", "seeds": "--seed"}.get(name, f"--{name}")
+            raise DarkroomError(f"--from repeats an image with its own settings; leave out {flag.replace('_', '-')}")
+
+    from darkroom.png_settings import read_settings
+
+    record = read_settings(source)
+    index = record.get("index")
+    target = Target.choose(given.output, given.grid or index is None)
+
+    import torch
+
+    from darkroom import __version__
+    from darkroom.config import from_dict
+    from darkroom.latent_diffusion import Request
+
+    try:
+        request = from_dict(Request, record["request"])
+        threads = int(record.get("threads") or torch.get_num_threads())
+        recorded = dict(record.get("model") or {})
+    except (DarkroomError, TypeError, ValueError) as error:
+        raise DarkroomError(f"the settings inside {source} cannot be read: {error}") from None
+    if given.threads is None:
+        given = replace(given, threads=min(max(threads, 1), 1024))
+    if given.model is None:
+        given = replace(given, model=_recorded_model(source, recorded))
+    model = _load(given)
+    for what, then, now in (
+        ("model", recorded.get("sha256"), model.info.get("sha256")),
+        ("Darkroom", record.get("version"), __version__),
+        ("torch", record.get("torch"), torch.__version__),
+        ("thread count", threads, given.threads),
+    ):
+        if then is not None and then != now:
+            shown = (str(then)[:10], str(now)[:10]) if what == "model" else (then, now)
+            click.echo(f"note: {what} was {shown[0]}, here it is {shown[1]}: pixels may differ", err=True)
+    only = index if target.single and isinstance(index, int) and 0 <= index < len(request.seeds) else None
+    _make(model, request, target, _shareable(given.model), only)
+
+
+def _recorded_model(image: Path, recorded: dict[str, Any]) -> str:
+    """The model that an image names, if it is where it was or is a bundled one."""
+    from darkroom.model_folder import bundled
+
+    source, name = (str(recorded.get(key) or "") for key in ("source", "name"))
+    if source and (Path(source).exists() or source in bundled()):
+        return source
+    if name in bundled():
+        return name
+    raise DarkroomError(
+        f"{image} was made by the model {source or name or '(unnamed)'}, which is not here; add -m MODEL"
+    )
+
+
+def _shareable(model: str | None) -> str:
+    """What an image may say about where its model lies: images are posted, so no absolute path goes into them."""
+    return "" if model is not None and (Path(model).is_absolute() or model.startswith("~")) else model or DEFAULT_MODEL
+
+
+def _load(given: Given) -> LatentDiffusion:
+    import torch
+
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    from darkroom.latent_diffusion import LatentDiffusion
+    from darkroom.model_io import bundled, load
+
+    if given.model is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
+        raise DarkroomError("no model was named and this version ships none; add -m MODEL")
+    model = load(given.model or DEFAULT_MODEL, device=given.device)
+    if not isinstance(model, LatentDiffusion):
+        raise DarkroomError(f"{given.model} is a first stage only; it cannot generate by itself")
+    if model.first_stage is None:
+        raise DarkroomError(f"{given.model} has no first stage, so its latents cannot be turned into images")
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where images go: one file (`single`), or a folder where nothing is ever overwritten."""
+
+    path: Path
+    single: bool
+    grid: bool
+
+    @classmethod
+    def choose(cls, output: Path | None, grid: bool) -> Target:
+        path = Path(DEFAULT_FOLDER) if output is None else output
+        if path.suffix and not path.is_dir():
+            if path.suffix.lower() != ".png":
+                raise DarkroomError(f"{path}: images are written as .png, which keeps every pixel and the settings")
+            if path.parent.exists() and not path.parent.is_dir():
+                raise DarkroomError(f"{path}: {path.parent} is not a folder")
+            return cls(path, True, grid)
+        if path.exists() and not path.is_dir():
+            raise DarkroomError(f"{path} is a file; give a .png or a folder")
+        return cls(path, False, grid)
+
+    def numbering(self) -> int:
+        """The first free number in the folder: one more than the highest that a file begins with."""
+        if self.single or not self.path.is_dir():
+            return 0
+        found = (re.match(r"(\d{4,9})-", entry.name) for entry in self.path.iterdir())
+        return max((int(match[1]) for match in found if match), default=-1) + 1
+
+    def image(self, number: int, alone: bool, settings: dict[str, Any]) -> Path:
+        """The file of one image."""
+        if self.single and alone:
+            return self.path
+        request, index = settings["request"], settings["index"]
+        if self.single:
+            return self.path.with_name(f"{self.path.stem}-{number:03d}-seed{request['seeds'][index]}.png")
+        subjects = request["prompts"] or request["class_labels"]
+        words = re.sub(r"[^\w]+", "-", str(subjects[index]).lower()) if subjects else ""
+        words = words.strip("-_")[:40].strip("-_")
+        return self.path / f"{number:04d}-seed{request['seeds'][index]}{'-' if words else ''}{words}.png"
+
+    def grid_image(self, number: int) -> Path:
+        return self.path if self.single else self.path / f"{number:04d}-grid.png"
+
+
+def _make(model: LatentDiffusion, request: Request, target: Target, source: str, only: int | None = None) -> None:
+    """Generate batch by batch and write each image as soon as it is there; with `only`, write that image alone."""
+    from darkroom.cli.progress import StepBar
+
+    request = model.validate(request)
+    assert request.batch_size and request.steps
+    count, start = len(request.seeds), target.numbering()
+    grid: list[tuple[np.ndarray, dict[str, Any]]] = []
+    written: list[Path] = []
+    batches = range(0, count, request.batch_size)
+    with StepBar("generating", len(batches) * request.steps) as bar:
+        for number, first in enumerate(batches):
+            # Each file records only the batch that it was computed in: that is what decides its last bits.
+            part = _slice(request, slice(first, first + request.batch_size))
+            before = number * request.steps
+            result = model.generate(part, progress=lambda done, _, before=before: bar.update(before + done))
+            for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start=first):
+                if source:
+                    settings["model"]["source"] = source
+                if target.grid:
+                    grid.append((image, settings))
+                elif only is None or only == i:
+                    alone = only is not None or count == 1
+                    written.append(_write(target.image(start + (0 if alone else i), alone, settings), image, settings))
+    if target.grid:
+        seeds = len(set(request.seeds))
+        columns = seeds if count > seeds > 1 else None
+        written.append(_write_grid(target.grid_image(start), grid, columns))
+    for path in written[:8]:
+        click.echo(str(path))
+    if len(written) > 8:
+        click.echo(f"... {len(written)} images in {written[0].parent}")
+
+
+def _slice(request: Request, part: slice) -> Request:
+    """Some images of a validated request."""
+    return replace(
+        request,
+        prompts=request.prompts[part] if request.prompts is not None else None,
+        class_labels=request.class_labels[part] if request.class_labels is not None else None,
+        seeds=request.seeds[part],
+    )
+
+
+def _write(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
+    from darkroom.data.io import write_png
+    from darkroom.png_settings import png_text
+
+    write_png(path, image, png_text(settings))
+    return path
+
+
+def _write_grid(path: Path, images: list[tuple[np.ndarray, dict[str, Any]]], columns: int | None) -> Path:
+    """One picture of all images, row by row; its record is the request of all of them."""
+    from darkroom.data.io import image_grid
+
+    first = images[0][1]
+    request = dict(first["request"])
+    for name in ("prompts", "class_labels", "seeds"):
+        if request[name] is not None:
+            request[name] = [settings["request"][name][settings["index"]] for _, settings in images]
+    pixels = image_grid([image for image, _ in images], columns)
+    return _write(path, pixels, {**first, "request": request, "index": None})

@@ -1,0 +1,178 @@
+"""`darkroom info`: what a model, a weight file or an image holds. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from darkroom.errors import DarkroomError
+
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@click.command(short_help="Look inside a file.")
+@click.argument("source", metavar="MODEL|FILE|PNG")
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def info(source: str, as_json: bool) -> None:
+    """Tell what a model folder, a bundled model, a weight file or an image holds.
+
+    Weight files are read without running anything in them. Of a model folder the digest of every file is compared
+    with the one recorded when it was saved.
+
+    \b
+      darkroom info runs/clothes
+      darkroom info model.safetensors
+      darkroom info picture.png
+    """
+    from darkroom.model_folder import find_source
+
+    path = Path(source).expanduser()
+    if path.is_file() and not _is_weight_file(path):
+        facts = _image(path)
+    else:
+        place = find_source(source)
+        facts = _weight_file(place) if place.is_file() else _model(place)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        for line in _lines(facts):
+            click.echo(line)
+
+
+def _is_weight_file(path: Path) -> bool:
+    return path.suffix.lower() in (".safetensors", *_PICKLED)
+
+
+def _image(path: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    from darkroom.png_settings import PARAMETERS, RECORD, parse_parameters, parse_record, read_png_text
+
+    try:
+        with Image.open(path) as image:
+            facts: dict[str, Any] = {
+                "path": str(path),
+                "kind": f"{image.format} image",
+                "size": f"{image.width}x{image.height}",
+                "mode": image.mode,
+            }
+            is_png = image.format == "PNG"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise DarkroomError(
+            f"{path} is neither an image nor a model; give a model folder, a weight file or a PNG"
+        ) from None
+    text = read_png_text(path) if is_png else {}
+    if PARAMETERS in text:
+        facts["parameters"] = parse_parameters(text[PARAMETERS])
+    if RECORD in text:
+        facts["record"] = parse_record(text[RECORD], path)
+    if not text:
+        facts["settings"] = "none"
+    return facts
+
+
+def _weight_file(path: Path) -> dict[str, Any]:
+    from darkroom.model_folder import dtypes, guess_family
+
+    facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
+    if path.suffix.lower() == ".safetensors":
+        from darkroom.safe_files import read_safetensors_header
+
+        header = read_safetensors_header(path)
+        shapes = {name: list(entry.shape) for name, entry in header.tensors.items()}
+        facts |= {"kind": "safetensors file", "parameters": header.numel, "dtypes": dtypes(header)}
+        facts["metadata"] = {key: value[:200] for key, value in header.metadata.items()}
+    else:
+        from darkroom.safe_pickle import read_checkpoint, tensor_table
+
+        table = tensor_table(read_checkpoint(path))
+        shapes = {name: list(tensor.shape) for name, tensor in table.items()}
+        facts |= {
+            "kind": "torch checkpoint, read without running anything in it",
+            "parameters": sum(tensor.numel() for tensor in table.values()),
+            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in table.values()}),
+        }
+    return facts | {"holds": guess_family(shapes), "tensors": shapes}
+
+
+def _model(path: Path) -> dict[str, Any]:
+    from darkroom.model_folder import describe_folder
+
+    return describe_folder(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ printing
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    """The facts for people: long tables are cut, configs and class lists shortened."""
+    if "parts" in facts:
+        return _model_lines(facts)
+    lines = [facts["path"], f"  {facts['kind']}"]
+    for key in ("holds", "size", "mode", "settings"):
+        if key in facts:
+            lines.append(f"  {key}: {facts[key]}")
+    if "tensors" in facts:
+        lines.append(f"  {len(facts['tensors'])} tensors, {_amount(facts['parameters'])} numbers, {_kinds(facts)}")
+        lines.append(f"  size: {facts['bytes'] / 1e6:.1f} MB")
+        lines += [f"  {key}: {_short(value)}" for key, value in facts.get("metadata", {}).items()]
+        lines += [f"    {name}  {shape}" for name, shape in list(facts["tensors"].items())[:8]]
+        if len(facts["tensors"]) > 8:
+            lines.append(f"    ... {len(facts['tensors']) - 8} more (--json shows all)")
+    lines += [f"  {key}: {value}" for key, value in facts.get("parameters", {}).items()] if "size" in facts else []
+    if "record" in facts:
+        record = facts["record"]
+        count, index = len(record["request"].get("seeds") or []), record.get("index")
+        which = f"image {index + 1} of {count}" if isinstance(index, int) else f"a grid of {count}"
+        lines.append(f"  repeat it ({which} in its batch) with: darkroom generate --from {facts['path']}")
+    return lines
+
+
+def _model_lines(facts: dict[str, Any]) -> list[str]:
+    known = facts["info"]
+    lines = [facts["path"], f"  {facts['kind'].replace('_', ' ')} {known.get('name', '')}".rstrip()]
+    total = 0
+    for part, entry in facts["parts"].items():
+        total += entry["parameters"]
+        more = f", bundled {entry['reference']['name']}" if "reference" in entry else ""
+        more += ", with live weights" if entry["live_weights"] else ""
+        kind = _part_kind(part, entry["config"])
+        lines.append(f"  {part.replace('_', ' ')}: {kind}{_amount(entry['parameters'])} numbers, {_kinds(entry)}{more}")
+    lines.append(f"  in all: {_amount(total)} numbers, {sum(e['bytes'] for e in facts['parts'].values()) / 1e6:.1f} MB")
+    for name, encoder in facts["parts"].get("conditioner", {}).get("config", {}).get("encoders", {}).items():
+        classes = encoder.get("classes")
+        lines.append(f"  takes {name}" + (f": {len(classes)} classes, {_short(', '.join(classes))}" if classes else ""))
+    lines += [f"  {key}: {_short(value)}" for key, value in known.items() if key != "name"]
+    lines.append(f"  sha256: {facts['sha256']}")
+    changed = facts["changed_files"]
+    lines.append(f"  CHANGED since it was saved: {', '.join(changed)}" if changed else "  files: as they were saved")
+    return lines
+
+
+def _part_kind(part: str, config: dict[str, Any]) -> str:
+    if part == "first_stage":
+        factor = 2 ** (len(config.get("channel_mult", [0])) - 1)
+        return f"f {factor}, {config.get('embed_dim')} latent channels, "
+    if part == "denoiser":
+        return f"{config.get('prediction_type')}, schedule {config.get('schedule', {}).get('kind')}, "
+    return ""
+
+
+def _kinds(entry: dict[str, Any]) -> str:
+    return "/".join(entry["dtypes"]) or "no dtype"
+
+
+def _amount(count: int) -> str:
+    for unit, size in (("billion", 10**9), ("million", 10**6), ("thousand", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def _short(value: Any, width: int = 90) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,113 @@
+"""The command `darkroom`: finds the subcommand, and turns every error a person can cause into one line and status 2.
+
+A subcommand's module is imported when it is run or asked for help; none of them imports torch at its top.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from darkroom import __version__
+from darkroom.errors import DarkroomError
+
+# name: (module, function, what `darkroom --help` says about it)
+COMMANDS = {
+    "generate": ("darkroom.cli.generate", "generate", "Make images from prompts, classes, or the settings in a PNG."),
+    "train": ("darkroom.cli.train", "train", "Train a model on a folder, a tar file, or by a recipe."),
+    "data": ("darkroom.cli.data", "data", "Look at a data set, or build the procedural one."),
+    "info": ("darkroom.cli.info", "info", "Tell what a model, a weight file or an image holds."),
+    "doctor": ("darkroom.cli.doctor", "doctor", "Check this machine and this installation."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use: `--help` stays within a few hundredths of a second."""
+
+    def __init__(self, *args: Any, table: Mapping[str, tuple[str, str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.table)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in self.table:
+            return None
+        module, function, _ = self.table[name]
+        command: click.Command = getattr(import_module(module), function)
+        return command
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.table and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], self.table, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"there are: {', '.join(self.table)}"
+            raise click.UsageError(f"no such command: {args[0]} ({hint})", context)
+        return super().resolve_command(context, args)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in self.table.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with:  darkroom generate --help",
+)
+@click.version_option(__version__, prog_name="darkroom", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Latent diffusion models, end to end: train on your own images, generate, look inside."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit status (0 done, 2 bad input, 130 interrupted)."""
+    try:
+        result = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="darkroom", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else str(error), err=True)
+        return 2
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "darkroom"
+        return _fail(f"{error.format_message().rstrip('.')}; see `{where} --help`")
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except DarkroomError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        print("\ndarkroom: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _fail("out of memory; use a smaller size or batch, or close other programs")
+    except RuntimeError as error:
+        # torch reports both kinds of memory as RuntimeError; anything else is a defect of ours and keeps its trace.
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _fail("out of memory; use a smaller size or batch, or close other programs")
+        raise
+
+
+def _fail(message: str) -> int:
+    print("darkroom: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
