@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from first_stage_golden import PARITY, assert_golden, autoencoder_config, load_topic, make_inputs, state_dict
+from first_stage_golden import assert_golden, autoencoder_config, load_topic, make_inputs, state_dict
+from parity_data import PARITY
 
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig, nearest_sizes
 
-CASES, ARRAYS = load_topic("autoencoder_kl")
+CASES = load_topic("autoencoder_kl")
 TINY = AutoencoderConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, z_channels=3, embed_dim=2, norm_groups=4)
 
 
@@ -19,7 +20,7 @@ TINY = AutoencoderConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, z_ch
 @pytest.mark.parametrize("name", [n for n in CASES if n != "diagonal_gaussian"])
 def test_official_outputs(name: str, channels_last: bool) -> None:
     case = CASES[name]
-    model = Autoencoder(autoencoder_config(case["args"]["ddconfig"], case["args"]["embed_dim"])).eval()
+    model = Autoencoder(autoencoder_config(case.args["ddconfig"], case.args["embed_dim"])).eval()
     model.load_state_dict(state_dict(case), strict=True)
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -37,15 +38,15 @@ def test_official_outputs(name: str, channels_last: bool) -> None:
             "decode": model.decode(given["z"]),
             "decode_of_mode": model.decode(posterior.mode()),
         }
-        if "moments_scaled" in case["outputs"]:  # tiny activations, so that the epsilon of the norms shows
+        if "moments_scaled" in case.spec["outputs"]:  # tiny activations, so that the epsilon of the norms shows
             for conv in (model.encoder.conv_in, model.decoder.conv_in):
                 conv.weight.mul_(1e-3)
                 assert conv.bias is not None
                 conv.bias.mul_(1e-3)
             checks |= {"moments_scaled": model.moments(given["x"]), "decode_scaled": model.decode(given["z"])}
-    assert set(checks) == set(case["outputs"])
+    assert set(checks) == set(case.spec["outputs"])
     for output, value in checks.items():
-        assert_golden(value, case, ARRAYS, output)
+        assert_golden(value, case, output)
 
 
 @pytest.mark.parametrize("name", ["kl-f4", "kl-f8", "kl-f16", "kl-f32"])

@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from darkroom.first_stage.posterior import Posterior
 
-CASES, ARRAYS = load_topic("autoencoder_kl")
+CASES = load_topic("autoencoder_kl")
 
 
 def test_official_outputs() -> None:
@@ -24,9 +24,9 @@ def test_official_outputs() -> None:
         "kl": posterior.kl(),
         "kl_to_other": to_other,
     }
-    assert set(checks) == set(case["outputs"])
+    assert set(checks) == set(case.spec["outputs"])
     for name, value in checks.items():
-        assert_golden(value, case, ARRAYS, name)
+        assert_golden(value, case, name)
 
 
 def test_closed_forms() -> None:

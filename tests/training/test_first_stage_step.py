@@ -24,6 +24,7 @@ from darkroom.training.first_stage_step import (
     FirstStageStep,
     FirstStageTrainConfig,
     augment,
+    quieten_posterior,
     resolve_perceptual,
 )
 
@@ -79,14 +80,14 @@ def run_steps(step: FirstStageStep, optimizers: list[Any], start: int, stop: int
 
 
 def test_official_loss_assembly() -> None:
-    cases, _ = load_topic("autoencoder_losses")
+    cases = load_topic("autoencoder_losses")
     case = cases["kl_loss_assembly"]
-    arguments, given = case["args"], make_inputs(case)
+    arguments, given = case.args, make_inputs(case)
     official = arguments["loss"]
     config = FirstStageTrainConfig(
         perceptual="none",
         kl_weight=official["kl_weight"],
-        log_variance=case["derived"]["loss.logvar"]["value"],
+        log_variance=case.spec["derived"]["loss.logvar"]["value"],
         discriminator_start=official["disc_start"],
         discriminator_weight=official["disc_weight"],
         discriminator_layers=official["disc_num_layers"],
@@ -102,7 +103,7 @@ def test_official_loss_assembly() -> None:
     prefix = "loss.discriminator."
     discriminator = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     step.discriminator.load_state_dict(discriminator, strict=True)
-    values = {name: entry["value"] for name, entry in case["outputs"].items()}
+    values = {name: entry["value"] for name, entry in case.spec["outputs"].items()}
 
     def close(actual: Tensor, expected: float) -> None:
         assert float(actual.detach()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
@@ -266,11 +267,20 @@ def test_bfloat16_keeps_losses_in_float32() -> None:
         disc, _ = step.phases[1].module({}, generator(0), 1)
     exact, expected = step.phases[0].module({"image": images()}, generator(0), 1)
     assert loss.dtype == disc.dtype == torch.float32 and all(v.dtype == torch.float32 for v in metrics.values())
-    assert float(loss) == pytest.approx(float(exact), rel=0.02)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
     assert float(metrics["nll"]) == pytest.approx(float(expected["nll"]), rel=0.02)
     (loss + disc).backward()
     for phase in step.phases:
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in phase.parameters)
+
+
+def test_a_quiet_posterior_at_the_start() -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(TINY)
+    mean = autoencoder.encode(images()).mean
+    quieten_posterior(autoencoder, 0.1)
+    posterior = autoencoder.encode(images())
+    assert torch.equal(posterior.mean, mean) and 0.05 < float(posterior.std.detach().mean()) < 0.2
 
 
 def test_crops_and_flips() -> None:
