@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from darkroom.conditioning.types import Conditioning
@@ -54,4 +53,4 @@ def denoising_loss(
         sigma_data=denoiser.sigma_data,
         previous=previous,
     )
-    return error * torch.as_tensor(weight).to(device=error.device, dtype=error.dtype)
+    return error * weight.to(device=error.device, dtype=error.dtype)
