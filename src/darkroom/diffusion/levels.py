@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """x = alpha*x0 + sigma*noise at network time `time` (it grows with noise). `target_time`: for one-step objectives."""
+    """x = alpha*x0 + sigma*noise at network time `time`, which grows with noise. target_time: one-step objectives."""
 
     alpha: Tensor
     sigma: Tensor
@@ -27,8 +27,8 @@ class NoiseLevel:
         return torch.log(self.alpha) - torch.log(self.sigma)
 
     def like(self, x: Tensor) -> NoiseLevel:
-        """alpha and sigma in the device and dtype of x, shaped to broadcast over its channels; time stays as it is
-        (moved to the device, expanded to (B,)), because a network may need it in more precision than its activations."""
+        """alpha and sigma in the device and dtype of x, shaped to broadcast over its channels. time keeps its dtype (moved
+        to the device, expanded to (B,)): a network may need it in more precision than its activations."""
 
         def spread(t: Tensor) -> Tensor:
             t = t.to(device=x.device, dtype=x.dtype)

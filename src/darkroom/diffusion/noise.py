@@ -15,7 +15,8 @@ class SeededNoise:
     """`noise(i)`: the i-th standard normal draw of every image, (B, C, H, W).
 
     Each image has its own CPU generator seeded with the image's seed and draws in float32, in order. So image k depends
-    on seed k alone, whatever the batch it is made in and the device it is moved to. Draws may be asked for in any order.
+    on seed k alone, whatever the batch it is made in and the device it is moved to. Draws may be asked for in any
+    order.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
