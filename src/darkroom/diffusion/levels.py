@@ -27,8 +27,8 @@ class NoiseLevel:
         return torch.log(self.alpha) - torch.log(self.sigma)
 
     def like(self, x: Tensor) -> NoiseLevel:
-        """alpha and sigma in the device and dtype of x, shaped to broadcast over its channels. time keeps its dtype (moved
-        to the device, expanded to (B,)): a network may need it in more precision than its activations."""
+        """alpha and sigma in the device and dtype of x, shaped to broadcast over its channels. time keeps its dtype
+        (moved to the device, expanded to (B,)): a network may need it in more precision than its activations."""
 
         def spread(t: Tensor) -> Tensor:
             t = t.to(device=x.device, dtype=x.dtype)
