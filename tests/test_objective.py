@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ldm_checkpoints import TinyModel
 from parity_data import load_case
-from tiny_models import TinyModel
 from torch import Tensor, nn
 
 from darkroom.conditioning.types import Conditioning

@@ -9,8 +9,8 @@ from functools import cache
 
 import pytest
 import torch
+from ldm_checkpoints import TinyModel
 from parity_data import Case, load_case, make_input
-from tiny_models import TinyModel
 from torch import Tensor
 
 from darkroom.diffusion.grids import grid_from_levels, make_grid
