@@ -13,17 +13,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from darkroom.data.transforms import crop_example, flip_example
+from darkroom.data.transforms import crop_example
 from darkroom.errors import DarkroomError
 
 Batch = dict[str, Any]
 
 
 class Examples(Protocol):
-    """What batches are made of: an `ImageDataset`, or latents that were computed from one."""
+    """What batches are made of: an `ImageDataset`, a `LatentCache`, or any sequence of examples.
 
-    @property
-    def config(self) -> Any: ...
+    A `config` with `flip` or a random crop asks for augmentation; then `example(index, flip)` must be there too.
+    """
 
     def __len__(self) -> int: ...
 
@@ -55,6 +55,7 @@ class Batches:
         The remainder of an epoch is dropped; a set smaller than a joint batch is repeated to fill it.
     micro_batches: how many make a training step (gradient accumulation).
     augment: apply the configuration's `flip` and `random_crop` (drawn from the seed and the batch number).
+    crop: (width, height) of random crops instead of the configuration's.
     prefetch: prepare the next batch in a background thread; what is returned does not depend on it.
     """
 
@@ -67,6 +68,7 @@ class Batches:
         world_size: int = 1,
         micro_batches: int = 1,
         augment: bool = True,
+        crop: tuple[int, int] | None = None,
         prefetch: bool = False,
     ) -> None:
         if batch_size < 1 or micro_batches < 1:
@@ -76,7 +78,15 @@ class Batches:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.rank, self.world_size, self.micro_batches, self.augment = rank, world_size, micro_batches, augment
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+        config = getattr(dataset, "config", None) if augment else None
+        self._flip = bool(config is not None and config.flip)
+        self._crop = crop or (config.crop_width_height if config is not None else None)
+        size = config.width_height if config is not None else None
+        if self._crop is not None and size is not None and (self._crop[0] > size[0] or self._crop[1] > size[1]):
+            raise DarkroomError(
+                f"crop {self._crop[0]}x{self._crop[1]} does not fit in images of {size[0]}x{size[1]}; make it smaller"
+            )
         self.joint = batch_size * world_size
         self.per_epoch = max(1, len(dataset) // self.joint)
         self._order = lru_cache(maxsize=2)(self._shuffle)
@@ -124,28 +134,21 @@ class Batches:
         return [int(i) for i in self._order(epoch)[start : start + self.batch_size]]
 
     def _make(self, number: int) -> Batch:
-        examples = [self.dataset[i] for i in self._indices(number)]
-        if self.augment:
-            examples = self._augmented(examples, number)
-        return collate(examples)
-
-    def _augmented(self, examples: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-        config = self.dataset.config
-        crop = config.crop_width_height
-        if not config.flip and crop is None:
-            return examples
+        indices = self._indices(number)
+        if not self._flip and self._crop is None:
+            return collate([self.dataset[i] for i in indices])
         rng = np.random.default_rng([self.seed, 1, number])
-        draws = rng.random((self.joint, 3))[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        out = []
-        for example, (flip, right, down) in zip(examples, draws, strict=True):
-            if config.flip and flip < 0.5:
-                example = flip_example(example)
-            if crop is not None:
+        draws = rng.random((self.joint, 3))[self.rank * self.batch_size :]
+        dataset: Any = self.dataset
+        examples = []
+        for index, (mirror, right, down) in zip(indices, draws.tolist(), strict=False):
+            example = dataset.example(index, flip=True) if self._flip and mirror < 0.5 else dataset[index]
+            if self._crop is not None:
                 height, width = example["image"].shape[-2:]
-                x, y = int(right * (width - crop[0] + 1)), int(down * (height - crop[1] + 1))
-                example = crop_example(example, x, y, *crop)
-            out.append(example)
-        return out
+                x, y = int(right * (width - self._crop[0] + 1)), int(down * (height - self._crop[1] + 1))
+                example = crop_example(example, x, y, *self._crop)
+            examples.append(example)
+        return collate(examples)
 
 
 def ordered_batches(dataset: Examples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from PIL import Image
 from darkroom.data.io import png_bytes
 from darkroom.data.sources import ShapesDataset
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import new_folder, save_error, write_file
+from darkroom.safe_files import discard, new_folder, save_error, write_file
 
 CLASS_NAMES = "classes.json"
 
@@ -83,4 +83,4 @@ def _write_tar(dataset: ShapesDataset, path: Path, progress: Callable[[int], Non
     except OSError as error:
         raise save_error(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from darkroom.safe_files import write_file
 def read_image(
     path: str | Path, size: tuple[int, int] | None = None, channels: int = 3, background: str = "white"
 ) -> np.ndarray:
-    """A picture by the rule of `transforms`, uint8 (H, W, C); without a size (width, height) steps 5 and 6 are left out."""
+    """A picture by the rule of `transforms`, uint8 (H, W, C); without a size (width, height) without steps 5, 6."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise DarkroomError(f"{path} is a folder; name a picture file")
@@ -105,7 +106,7 @@ def contact_sheet(
     shown: list[Image.Image] = []
     words: list[str] = []
     for place, item in enumerate(images):
-        words.append(captions[place] if captions is not None else _words(item, class_names))
+        words.append(_plain(captions[place] if captions is not None else _words(item, class_names)))
         shown.append(_example_picture(item) if isinstance(item, dict) else to_picture(item).convert("RGB"))
     # Small pictures are shown enlarged by whole factors, so that pixels stay pixels.
     cell = max(p.width for p in shown)
@@ -122,6 +123,11 @@ def contact_sheet(
         ImageDraw.Draw(tile).multiline_text((1, picture.height + 1), "\n".join(text), "black", font, spacing=1)
         cells.append(tile)
     return image_grid(cells, min(columns, len(cells)), padding=6)
+
+
+def _plain(text: str) -> str:
+    """Without accents: the font inside Pillow draws boxes for most accented letters."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def _words(item: Any, class_names: Sequence[str]) -> str:

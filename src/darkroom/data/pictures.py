@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -58,22 +58,30 @@ class PictureDataset(ImageDataset):
         if not 0 <= index < len(self._records):
             raise IndexError(index)
         if self.in_memory:
-            image, maps, boxes = self._images[index], self._maps[index] if self._maps is not None else None, None
-            if "boxes" in self._extra:
-                boxes = self._boxes[index]
+            image, boxes = self._images[index], self._boxes[index]
+            maps = None if self._maps is None else self._maps[index]
         else:
             index, (image, maps, boxes) = self._next_readable(index)
-        example: dict[str, Any] = {"image": torch.from_numpy(image)}
-        record = self._records[index]
-        if "text" in self._extra:
-            example["text"] = record.text or ""
-        if "class_label" in self._extra:
-            example["class_label"] = record.label
+        example = {"image": torch.from_numpy(image), **self._words(index)}
         if "boxes" in self._extra:
             example["boxes"] = torch.from_numpy(boxes)
-        if "segmentation" in self._extra:
+        if "segmentation" in self._extra and maps is not None:
             example["segmentation"] = torch.from_numpy(maps).long()
         return example
+
+    def without_image(self, index: int) -> dict[str, Any]:
+        if "boxes" in self._extra or "segmentation" in self._extra:
+            return super().without_image(index)
+        return self._words(self.replaced.get(index, index))  # nothing to decode
+
+    def _words(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        words: dict[str, Any] = {}
+        if "text" in self._extra:
+            words["text"] = record.text or ""
+        if "class_label" in self._extra:
+            words["class_label"] = record.label
+        return words
 
     def captions(self) -> list[str]:
         return [r.text or "" for r in self._records] if "text" in self._extra else []
@@ -166,7 +174,7 @@ class PictureDataset(ImageDataset):
         images = np.empty((count, self.config.channels, height, width), np.uint8)
         maps = np.empty((count, height, width), np.uint8) if "segmentation" in self._extra else None
         self._boxes: list[np.ndarray] = []
-        kept = []
+        kept: list[Record] = []
         for record, result in zip(self._records, _in_threads(self._try, self._records), strict=True):
             if isinstance(result, str):
                 self.problems.append((record.name, result))
@@ -188,13 +196,15 @@ class PictureDataset(ImageDataset):
             at = (index + place) % len(self._records)
             result = self._try(self._records[at])
             if not isinstance(result, str):
+                if place:
+                    self.replaced[index] = at
                 return at, result
             reason = result
             if (self._records[at].name, reason) not in self.problems:
                 self.problems.append((self._records[at].name, reason))
         self._nothing_readable(reason)
 
-    def _nothing_readable(self, reason: Any) -> Any:
+    def _nothing_readable(self, reason: object) -> NoReturn:
         raise DarkroomError(
             f"{self.config.source}: none of its {len(self.problems) or 'first'} pictures can be used ({reason}); "
             "check the files"

@@ -6,9 +6,9 @@ A sample is a picture and what stands beside it under the same name:
     .seg.png  label map, one 8-bit channel of class numbers
     .json     metadata, any keys; `text` or `caption`, `cls` or `label`, and `boxes`: a list of
               {"cls" or "class", "bbox": [x0, y0, x1, y1] divided by width and height}
-In an image folder, `metadata.jsonl` (one object a line: `file_name`, `text`, any keys as in .json) takes the place of these;
-a picture without a class otherwise has the first sub-folder in its path as its class. In a tar shard (WebDataset) the name
-up to the first dot is the sample. `classes.json` beside shards or pictures states names:
+In an image folder, `metadata.jsonl` (one object a line: `file_name`, `text`, any keys as in .json) takes the place of
+these; a picture without a class otherwise has the first sub-folder in its path as its class. In a tar shard the name
+up to the first dot is the sample (WebDataset). `classes.json` beside shards or pictures states names:
 {"classes": [names], "boxes": {"classes": [names]}}.
 """
 

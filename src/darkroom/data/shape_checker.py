@@ -1,11 +1,12 @@
 """Does an image show what a `shapes` caption says? Fixed pixel rules, no learned parts.
 
 1. Background: the median colour of the border. Foreground: pixels further than FOREGROUND from it.
-2. Every foreground pixel takes the nearest palette colour; what is left of each colour after one erosion makes the
-   cores of objects. Cores grow back over the foreground, so touching objects of different colours come apart.
-3. Colour of an object: nearest palette entry to the median of its core.
+2. Every foreground pixel takes the palette colour of the nearest line from background to colour (an edge pixel is a
+   mixture of the two). A connected region of one colour of which enough is left after one erosion is the core of an
+   object; cores grow back over the foreground, so touching objects of different colours come apart.
+3. Colour of an object: nearest palette entry to the median of the purest part of its core.
 4. Shape: the pixels' soft coverage (how far from background to that colour) gives area and centroid, which blur does
-   not change; each ideal shape is rendered with them, and the one with the highest soft IoU is the answer.
+   not change; each ideal shape is rendered with them, sharp and blurred, and the highest soft IoU decides.
 5. Position: centre of the fitted shape, by the rules in `shape_captions`.
 
 An image passes if it has exactly the objects that the caption names, nothing else, where the caption says.
@@ -25,6 +26,7 @@ FOREGROUND = 45.0  # 8-bit RGB distance; half of the smallest distance from a co
 COLOUR_TOLERANCE = 90.0  # an object further than this from every palette colour has no colour of the set
 SMALLEST_AREA = 40.0  # pixels; the smallest drawn object has 128
 SMALLEST_CORE = 12
+BLURS = (0, 2, 5)  # passes of the filter (1, 2, 1)/4, whose standard deviations are 0, 1 and 1.6 pixels
 LEAST_OVERLAP = 0.7  # soft IoU below which an object is none of the shapes
 
 _NAMES = tuple(COLOURS)
@@ -66,16 +68,19 @@ class CheckResult:
 
 def check_caption(image: np.ndarray, caption: str | Caption) -> CheckResult:
     """Judge an image, uint8 (H, W, 3), against a caption of the `shapes` language."""
+    return judge(find_objects(image), caption, (image.shape[1], image.shape[0]))
+
+
+def judge(found: tuple[FoundObject, ...], caption: str | Caption, size: tuple[int, int]) -> CheckResult:
+    """Judge the objects found in an image of (width, height); several captions of one image need only one search."""
     asked = parse_caption(caption) if isinstance(caption, str) else caption
-    found = find_objects(image)
-    height, width = image.shape[:2]
     count_ok = len(found) == len(asked.objects)
     colour_ok = count_ok and sorted(str(f.colour) for f in found) == sorted(o.colour for o in asked.objects)
     shape_ok = count_ok and sorted(str(f.shape) for f in found) == sorted(o.shape for o in asked.objects)
     # The colours of a pair differ, so colour and shape together name at most one found object each.
     named = [next((f for f in found if (f.colour, f.shape) == (o.colour, o.shape)), None) for o in asked.objects]
     complete = [f for f in named if f is not None]
-    position_ok = len(complete) == len(named) and _placed(asked, complete, width, height)
+    position_ok = len(complete) == len(named) and _placed(asked, complete, *size)
     return CheckResult(
         ok=count_ok and position_ok,
         count_ok=count_ok,
@@ -116,7 +121,7 @@ def find_objects(image: np.ndarray) -> tuple[FoundObject, ...]:
     background = np.median(border, axis=0)
     foreground = ((pixels - background) ** 2).sum(-1) > FOREGROUND**2
 
-    cores = _cores(pixels, foreground, SMALLEST_CORE * scale**2)
+    cores = _cores(pixels - background, foreground, _PALETTE - background, SMALLEST_CORE * scale**2)
     owner = _grow(cores, foreground, int(np.ceil(4 * scale)))
     found = []
     for number in range(1, int(cores.max()) + 1):
@@ -125,18 +130,22 @@ def find_objects(image: np.ndarray) -> tuple[FoundObject, ...]:
             found.append(item)
     # Foreground that belongs to no core (a blot of mixed colours) is an object too: it is not what the caption says.
     regions, areas = _components(foreground & (owner == 0))
-    for number in np.flatnonzero(areas >= SMALLEST_AREA * scale**2):
-        y, x = np.nonzero(regions == number + 1)
+    for blot in np.flatnonzero(areas >= SMALLEST_AREA * scale**2) + 1:
+        y, x = np.nonzero(regions == blot)
         found.append(FoundObject(None, None, float(x.mean() + 0.5), float(y.mean() + 0.5), len(x) ** 0.5 / 2, 0.0))
     return tuple(found)
 
 
-def _cores(pixels: np.ndarray, foreground: np.ndarray, least: float) -> np.ndarray:
+def _cores(offsets: np.ndarray, foreground: np.ndarray, palette: np.ndarray, least: float) -> np.ndarray:
     """(H, W) integers: 0, or the number of the core a pixel is in. A core has one palette colour and `least` pixels."""
     y, x = np.nonzero(foreground)
     colour = np.full(foreground.shape, -1)
-    # argmin |p - c|^2 = argmin |c|^2 - 2 p.c
-    colour[y, x] = ((_PALETTE**2).sum(1) - 2 * pixels[y, x] @ _PALETTE.T).argmin(1)
+    # Distance to the segment from the origin (the background) to colour c, up to |p|^2: a^2 |c|^2 - 2 a p.c with
+    # a = p.c / |c|^2 clipped to [0, 1]. The colour nearest to the background can be the background itself: length 0.
+    lengths = np.maximum((palette**2).sum(1), 1)
+    along = offsets[y, x] @ palette.T
+    share = np.clip(along / lengths, 0, 1)
+    colour[y, x] = (share * share * lengths - 2 * share * along).argmin(1)
     inner = foreground.copy()
     for axis in (0, 1):
         for step in (1, -1):
@@ -144,10 +153,11 @@ def _cores(pixels: np.ndarray, foreground: np.ndarray, least: float) -> np.ndarr
     cores = np.zeros(foreground.shape, np.int64)
     count = 0
     for value in np.unique(colour[inner]):
-        regions, areas = _components(inner & (colour == value))
-        for number in np.flatnonzero(areas >= least):
+        regions, areas = _components(colour == value)
+        kept = np.bincount(regions[inner], minlength=len(areas) + 1)
+        for number in np.flatnonzero(kept[1:] >= least) + 1:
             count += 1
-            cores[regions == number + 1] = count
+            cores[(regions == number) & inner] = count
     return cores
 
 
@@ -169,7 +179,9 @@ def _describe(
 ) -> FoundObject | None:
     """Colour, shape and place of one object; None if it is too small to count."""
     height, width = owner.shape
-    colour = np.median(pixels[core], axis=0)
+    inside = pixels[core]
+    depth = ((inside - background) ** 2).sum(1)
+    colour = np.median(inside[depth >= np.quantile(depth, 0.6)], axis=0)
     distance = np.sqrt(((_PALETTE - colour) ** 2).sum(1))
     name = _NAMES[int(distance.argmin())] if distance.min() <= COLOUR_TOLERANCE else None
 
@@ -183,7 +195,7 @@ def _describe(
     axis = colour - background
     share = (pixels[y0:y1, x0:x1] - background) @ axis / max(float(axis @ axis), 1.0)
     # The stretch cuts noise at both ends and keeps the half-way contour, so the area stays.
-    covered = np.where(reach | (near == number), np.clip((share - 0.15) / 0.7, 0, 1), 0).astype(np.float32)
+    covered = np.where(reach | (near == number), _stretch(share), 0).astype(np.float32)
     area = float(covered.sum())
     if area < SMALLEST_AREA * scale**2:
         return None
@@ -194,8 +206,12 @@ def _describe(
     for shape in SHAPES:
         radius = float(np.sqrt(area / AREA[shape]))
         ideal = coverage(shape, cx, cy - CENTROID_Y[shape] * radius, radius, (x1 - x0, y1 - y0))
-        both = float(np.minimum(ideal, covered).sum())
-        best = max(best, (both / (float(ideal.sum()) + area - both), shape, radius))
+        for step in range(max(BLURS) + 1):
+            if step in BLURS:
+                soft = _stretch(ideal)
+                both = float(np.minimum(soft, covered).sum())
+                best = max(best, (both / (float(soft.sum()) + area - both), shape, radius))
+            ideal = _smooth(_smooth(ideal, 0), 1)
     overlap, shape, radius = best
     return FoundObject(
         colour=name,
@@ -205,6 +221,21 @@ def _describe(
         radius=radius,
         overlap=overlap,
     )
+
+
+def _stretch(share: np.ndarray) -> np.ndarray:
+    return np.clip((share - 0.15) / 0.7, 0, 1)
+
+
+def _smooth(image: np.ndarray, axis: int) -> np.ndarray:
+    """The filter (1, 2, 1)/4 along an axis; outside is 0."""
+    out = image * 0.5
+    ahead, behind = (slice(1, None), slice(None)), (slice(None, -1), slice(None))
+    if axis == 1:
+        ahead, behind = ahead[::-1], behind[::-1]
+    out[ahead] += 0.25 * image[behind]
+    out[behind] += 0.25 * image[ahead]
+    return out
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

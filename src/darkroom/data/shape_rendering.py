@@ -5,6 +5,8 @@ Shapes: H W image size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
@@ -43,7 +45,7 @@ AREA = {
 CENTROID_Y = {name: 1 / 3 if name == "triangle" else 0.0 for name in SHAPES}
 
 
-def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def inside(shape: str, x: np.ndarray, y: np.ndarray) -> Any:
     """Whether points are in the unit shape, whose bounding box is [-1, 1] x [-1, 1] (y downwards)."""
     if shape == "circle":
         return x * x + y * y <= 1

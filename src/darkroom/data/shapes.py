@@ -26,7 +26,7 @@ from darkroom.data.shape_captions import (
     parse_caption,
     prompts,
 )
-from darkroom.data.shape_checker import CheckResult, FoundObject, check_caption, find_objects
+from darkroom.data.shape_checker import CheckResult, FoundObject, check_caption, find_objects, judge
 from darkroom.data.shape_rendering import BACKGROUNDS, COLOURS, SHAPES, coverage
 from darkroom.errors import DarkroomError
 
@@ -48,6 +48,7 @@ __all__ = [
     "draw_scene",
     "find_objects",
     "held_out",
+    "judge",
     "parse_caption",
     "prompts",
     "render",

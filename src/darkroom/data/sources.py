@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from darkroom.data import shapes
+from darkroom.data.transforms import flip_example
 from darkroom.errors import DarkroomError
 
 SPLITS = ("train", "validation")
@@ -89,10 +90,12 @@ class ImageDataset(ABC):
     box_names: list[str]  # names of the classes in `boxes`
     problems: list[tuple[str, str]]  # what was left out: (name, reason)
     digest: str  # changes when any example changes
+    replaced: dict[int, int]  # examples that could not be read: by which one each was replaced
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.config, self.split = config, split
         self.class_names, self.box_names, self.problems = [], [], []
+        self.replaced = {}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,6 +107,14 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def example(self, index: int, flip: bool = False) -> dict[str, Any]:
+        """An example, mirrored if asked."""
+        return flip_example(self[index]) if flip else self[index]
+
+    def without_image(self, index: int) -> dict[str, Any]:
+        """The other fields of an example."""
+        return {name: value for name, value in self[index].items() if name != "image"}
 
     @abstractmethod
     def captions(self) -> list[str]:
