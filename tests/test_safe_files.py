@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import full_disk, one_line
 
 from darkroom.errors import DarkroomError
 from darkroom.safe_files import new_folder, read_safetensors, read_safetensors_header, write_file, write_safetensors
@@ -34,12 +34,6 @@ def tensors() -> dict[str, torch.Tensor]:
         "transposed": torch.randn(3, 5, generator=g).t(),
         "unicode-é": torch.arange(3, dtype=torch.uint8),
     }
-
-
-def one_line(error: pytest.ExceptionInfo[DarkroomError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 # --- safetensors
@@ -175,16 +169,16 @@ class Evil:
         return os.system, (f"touch {self.mark}",)
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
-@pytest.mark.parametrize("container", ["zip", "bare", "legacy"])
+@pytest.mark.parametrize(
+    ("container", "protocol"),
+    [("bare", 0), ("bare", 1), *((c, p) for c in ("bare", "zip", "legacy") for p in (2, 4, 5))],  # torch begins with 2
+)
 def test_pickle_with_code_is_refused_by_name_and_not_run(tmp_path: Path, container: str, protocol: int) -> None:
     path, mark = tmp_path / "evil.ckpt", tmp_path / "mark"
     content = {"state_dict": {"w": torch.ones(2)}, "extra": Evil(mark)}
     if container == "bare":
         path.write_bytes(pickle.dumps(Evil(mark), protocol=protocol))
     else:
-        if protocol < 2:
-            pytest.skip("torch.save needs protocol 2")
         torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=container == "zip")
     with pytest.raises(DarkroomError) as error:
         read_checkpoint(path)
@@ -222,7 +216,7 @@ def test_the_hand_written_tensor_program_is_valid(tmp_path: Path) -> None:
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nK\x01R.",
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
         b"\x80\x02ccollections\nOrderedDict\n}}b.",  # state for a name
-        b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"K\x01s.",  # a dictionary key whose hash overflows the C stack
+        b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.",  # a dictionary key whose hash overflows the C stack
         b"\x80\x02r\xff\xff\xff\x7f.",  # memo of two billion entries, empty stack
         b"\x80\x02K\x01r\xff\xff\xff\x7f",  # no end
         b"\x80\x02B\xff\xff\xff\x7fabc.",  # two gigabytes promised
@@ -292,20 +286,6 @@ def test_other_files_are_named(tmp_path: Path) -> None:
 
 
 # --- writing
-
-
-def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Files of this name are /dev/full: the kernel itself answers that no space is left."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    original = builtins.open
-
-    def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if "x" in mode and name in str(file):
-            return original("/dev/full", mode.replace("x", "w"), *args, **kwargs)
-        return original(file, mode, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "open", open_)
 
 
 def test_write_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,59 +1,82 @@
-"""The tiny official checkpoints of the goldens, built from our parts: U-Net, schedule, conditioning."""
+"""Small models with random weights, and a disk that is full, for the tests of saving, loading and the command line."""
 
 from __future__ import annotations
 
+import builtins
+import os
 from typing import Any
 
-from parity_data import load_case, weights
-from torch import Tensor
+import pytest
+import torch
 
-from darkroom.conditioning.types import Conditioning
-from darkroom.denoiser import Denoiser
-from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
-from darkroom.networks.text import TextTransformer, TextTransformerConfig
-from darkroom.networks.unet import UNet, UNetConfig
+from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config
+from darkroom.conditioning.classes import ClassEncoderConfig
+from darkroom.conditioning.text import TextEncoderConfig
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.latent_diffusion import LatentDiffusion
+
+FIRST_STAGE = {
+    "kind": "kl",
+    "channels": 8,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "z_channels": 3,
+    "embed_dim": 3,
+}
+CLASSES = ["boot", "coat", "shirt"]
 
 
-class TinyModel:
-    """`tiny_cin` (classes) or `tiny_text2img` (token ids); weights "EMA" or "live"."""
+def tiny_first_stage() -> FirstStage:
+    torch.manual_seed(0)
+    first_stage = build_first_stage(FIRST_STAGE)
+    first_stage._set(0.25, torch.tensor([1.5, 2.0, 0.5]))
+    return first_stage
 
-    def __init__(self, name: str, which: str = "live") -> None:
-        case = load_case("latent_diffusion_tiny", name)
-        args = case.args
-        state = weights().make_state_dict(case.spec["layout"], case.spec["derived"])
-        options: dict[str, Any] = dict(args["unet_config"]["args"])
-        del options["image_size"]
-        self.network = UNet(UNetConfig(**options))
-        live = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.diffusion_model.")}
-        if which == "EMA":
-            # Averages are stored under the path inside the wrapper with all dots removed.
-            live = {k: state["model_ema." + k.replace(".", "")] for k in live}
-        self.network.load_state_dict({k.removeprefix("diffusion_model."): v for k, v in live.items()}, strict=True)
-        config = ScheduleConfig(
-            timesteps=args["timesteps"], beta_start=args["linear_start"], beta_end=args["linear_end"]
-        )
-        self.denoiser = Denoiser(self.network, make_schedule(config), "epsilon").eval()
-        self.embedding: Tensor | None = state.get("cond_stage_model.embedding.weight")
-        self.tower: TextTransformer | None = None
-        if self.embedding is None:
-            text = args["cond_stage_config"]["args"]
-            self.tower = TextTransformer(
-                TextTransformerConfig(
-                    vocabulary_size=text["vocab_size"],
-                    width=text["n_embed"],
-                    depth=text["n_layer"],
-                    length=text["max_seq_len"],
-                    logits_head=True,
-                )
-            ).eval()
-            prefix = "cond_stage_model."
-            self.tower.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, strict=True
-            )
 
-    def condition(self, ids: Tensor) -> Conditioning:
-        """Class labels (B,) or token ids (B, L) -> context."""
-        if self.embedding is not None:
-            return Conditioning(context=self.embedding[ids][:, None])
-        assert self.tower is not None
-        return Conditioning(context=self.tower(ids))
+def tiny_model(condition: str | None = "text", with_first_stage: bool = True) -> LatentDiffusion:
+    """Random weights, 16x16 images at f 2."""
+    torch.manual_seed(1)
+    encoders: dict[str, Any] = {}
+    if condition == "text":
+        encoders["text"] = TextEncoderConfig(width=16, depth=1, heads=1, head_width=16, length=8, vocabulary_size=60)
+    if condition == "class":
+        encoders["class"] = ClassEncoderConfig(width=16)
+    conditioner = build_conditioner(conditioner_config(encoders, CLASSES, ["a red fox", "a blue snail on a box"]))
+    network = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "channel_mult": [1, 1],
+        "num_res_blocks": 1,
+        "attention_resolutions": [2],
+        "num_heads": 2,
+        "use_spatial_transformer": condition is not None,
+        "context_dim": conditioner.context_dim,
+    }
+    denoiser = build_denoiser({"network": network})
+    with torch.no_grad():  # an untrained output layer is zero and would hide differences
+        for parameter in denoiser.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    info = {"name": "tiny", "defaults": {"size": [16, 16], "steps": 3}}
+    return LatentDiffusion(tiny_first_stage() if with_first_stage else None, denoiser, conditioner, info)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Files whose path holds `name` are /dev/full: the kernel itself answers that no space is left."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    original = builtins.open
+
+    def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "x" in mode and name in str(file):
+            return original("/dev/full", mode.replace("x", "w"), *args, **kwargs)
+        return original(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_)
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """The text of an error that a user sees."""
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text

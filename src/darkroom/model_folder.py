@@ -159,6 +159,9 @@ def guess_family(names: Iterable[str]) -> str:
         return "a text encoder"
     if has("module/", "optimizer/", "ema/"):
         return "a Darkroom training checkpoint (go on with `darkroom train --resume`)"
+    for start, part in (("network.", "denoiser"), ("autoencoder.", "first stage"), ("encoders.", "conditioner")):
+        if has(start):
+            return f"the {part} of a Darkroom model folder"
     if has("input_blocks."):
         return "a bare U-Net in the layout of the paper's code"
     return "a file of tensors of no known model"

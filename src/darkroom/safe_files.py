@@ -229,6 +229,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def discard(path: Path) -> None:
+    """Remove a temporary file that may not even have been made."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def write_file(path: Path | str, data: bytes) -> None:
     """Replace `path` by `data`, atomically: a reader sees the old file or the new one."""
     path = Path(path)
@@ -244,7 +250,7 @@ def write_file(path: Path | str, data: bytes) -> None:
     except OSError as error:
         raise save_error(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
 def write_safetensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ SHOWN_CLASSES = 12
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "64" or "96x64" -> (width, height)."""
-    width, _, height = text.lower().partition("x")
-    if not width.isdigit() or (height and not height.isdigit()) or int(width) < 1 or int(height or width) < 1:
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text.lower())
+    if match is None:
         raise DarkroomError(f"--size {text}: write one number, or WIDTHxHEIGHT, for example 96x64")
-    return int(width), int(height or width)
+    return int(match[1]), int(match[2] or match[1])
 
 
 @click.group(short_help="Data sets.")

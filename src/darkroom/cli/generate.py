@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,9 @@ from darkroom.errors import DarkroomError
 if TYPE_CHECKING:
     import numpy as np
 
+    from PIL import Image
+
+    from darkroom.cli.progress import StepBar
     from darkroom.latent_diffusion import LatentDiffusion, Request
 
 DEFAULT_MODEL = "emoji"
@@ -69,7 +74,7 @@ class SeedsCommand(click.Command):
 @click.option("--steps", type=click.IntRange(min=1), help="Solver steps: more is slower and finer.")
 @click.option("--cfg-scale", type=float, help="Guidance: how closely to follow the prompt; 1 is off.")
 @click.option("--solver", help="ddim, ddpm, euler, heun or dpm++2m.")
-@click.option("--eta", type=click.FloatRange(min=0), help="Share of fresh noise per step, for ddim.")
+@click.option("--eta", type=click.FloatRange(0, 1), help="Share of fresh noise per step, for ddim.")
 @click.option("--width", type=click.IntRange(min=1), help="Pixels. [default: the model's size]")
 @click.option("--height", type=click.IntRange(min=1), help="Pixels. [default: the model's size]")
 @click.option("--negative-prompt", help="What the images should not be like.")
@@ -81,8 +86,7 @@ class SeedsCommand(click.Command):
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
-@click.pass_context
-def generate(context: click.Context, **options: Any) -> None:
+def generate(**options: Any) -> None:
     """Make images from prompts, from classes, or from nothing if the model was trained so.
 
     Each prompt is drawn with each seed; the same seed gives the same picture. Every PNG carries its settings:
@@ -93,9 +97,13 @@ def generate(context: click.Context, **options: Any) -> None:
       darkroom generate -m runs/clothes --class T-Shirt --count 8
       darkroom generate --from generated/0000-seed0-a-red-fox.png -o again.png
     """
+    for name, value in options.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise DarkroomError(f"{name.replace('_', ' ')}: these bytes are not UTF-8 text")
     given = Given(**{name: value for name, value in options.items() if name in Given.__dataclass_fields__})
     if options["source"] is not None:
-        _repeat(context, given, options["source"])
+        _repeat(given, options["source"])
     else:
         _generate(given)
 
@@ -124,6 +132,8 @@ class Given:
 
 
 def _generate(given: Given) -> None:
+    if given.cfg_scale is not None and not math.isfinite(given.cfg_scale):
+        raise DarkroomError(f"--cfg-scale {given.cfg_scale}: give a finite number")
     if given.prompts and given.classes:
         raise DarkroomError("give prompts or classes, not both")
     seeds = parse_seeds(given.seeds) or [0]
@@ -153,7 +163,7 @@ def _generate(given: Given) -> None:
     _make(model, request, target, _shareable(given.model))
 
 
-def _repeat(context: click.Context, given: Given, source: Path) -> None:
+def _repeat(given: Given, source: Path) -> None:
     """Make the recorded batch again. What would change the pictures cannot be combined with it."""
     fixed = ("prompts", "classes", "seeds", "count", "steps", "cfg_scale", "solver", "eta", "width", "height")
     for name in (*fixed, "negative_prompt", "batch_size"):
@@ -251,11 +261,11 @@ class Target:
         if path.suffix and not path.is_dir():
             if path.suffix.lower() != ".png":
                 raise DarkroomError(f"{path}: images are written as .png, which keeps every pixel and the settings")
-            if path.parent.exists() and not path.parent.is_dir():
-                raise DarkroomError(f"{path}: {path.parent} is not a folder")
+            _check_writable(path.parent)
             return cls(path, True, grid)
         if path.exists() and not path.is_dir():
             raise DarkroomError(f"{path} is a file; give a .png or a folder")
+        _check_writable(path)
         return cls(path, False, grid)
 
     def numbering(self) -> int:
@@ -281,6 +291,17 @@ class Target:
         return self.path if self.single else self.path / f"{number:04d}-grid.png"
 
 
+def _check_writable(folder: Path) -> None:
+    """Found out before the images are made, not after."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise DarkroomError(f"cannot save in {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DarkroomError(f"cannot save in {folder}: no permission to write in {place}")
+
+
 def _make(model: LatentDiffusion, request: Request, target: Target, source: str, only: int | None = None) -> None:
     """Generate batch by batch and write each image as soon as it is there; with `only`, write that image alone."""
     from darkroom.cli.progress import StepBar
@@ -295,8 +316,7 @@ def _make(model: LatentDiffusion, request: Request, target: Target, source: str,
         for number, first in enumerate(batches):
             # Each file records only the batch that it was computed in: that is what decides its last bits.
             part = _slice(request, slice(first, first + request.batch_size))
-            before = number * request.steps
-            result = model.generate(part, progress=lambda done, _, before=before: bar.update(before + done))
+            result = model.generate(part, progress=_counting(bar, number * request.steps))
             for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start=first):
                 if source:
                     settings["model"]["source"] = source
@@ -310,9 +330,14 @@ def _make(model: LatentDiffusion, request: Request, target: Target, source: str,
         columns = seeds if count > seeds > 1 else None
         written.append(_write_grid(target.grid_image(start), grid, columns))
     for path in written[:8]:
-        click.echo(str(path))
+        click.echo(click.format_filename(path))
     if len(written) > 8:
         click.echo(f"... {len(written)} images in {written[0].parent}")
+
+
+def _counting(bar: StepBar, before: int) -> Callable[[int, int], None]:
+    """A batch's own progress, counted on from the batches before it."""
+    return lambda done, total: bar.update(before + done)
 
 
 def _slice(request: Request, part: slice) -> Request:
@@ -325,7 +350,7 @@ def _slice(request: Request, part: slice) -> Request:
     )
 
 
-def _write(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
+def _write(path: Path, image: np.ndarray | Image.Image, settings: dict[str, Any]) -> Path:
     from darkroom.data.io import write_png
     from darkroom.png_settings import png_text
 

@@ -5,6 +5,7 @@ A subcommand's module is imported when it is run or asked for help; none of them
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,12 @@ COMMANDS = {
     "info": ("darkroom.cli.info", "info", "Tell what a model, a weight file or an image holds."),
     "doctor": ("darkroom.cli.doctor", "doctor", "Check this machine and this installation."),
 }
+
+MACHINE_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),  # not allowed
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
+    *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class LazyGroup(click.Group):
@@ -95,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has gone; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # What the machine refused is no defect of ours; any other OSError keeps its trace.
+        if error.errno not in MACHINE_REFUSALS:
+            raise
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}")
     except MemoryError:
         return _fail("out of memory; use a smaller size or batch, or close other programs")
     except RuntimeError as error:
