@@ -16,7 +16,6 @@ from darkroom.errors import DarkroomError
 
 if TYPE_CHECKING:
     import numpy as np
-
     from PIL import Image
 
     from darkroom.cli.progress import StepBar
