@@ -47,6 +47,7 @@ TITLES = {
     "learning_rate": "Learning rate",
     "images_per_second": "Images per second",
     "kl": "KL term",
+    "nll": "Reconstruction NLL",
     "reconstruction": "Reconstruction error",
     "perceptual": "Perceptual distance",
     "discriminator_loss": "Discriminator loss",
