@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from darkroom.data.transforms import to_eight_bits, to_network
 from darkroom.errors import DarkroomError
@@ -35,7 +35,8 @@ def read_image(
     except DarkroomError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__
         raise DarkroomError(
             f"{path} is not a picture that can be read ({reason}); use a PNG, JPEG or WebP file"
         ) from None

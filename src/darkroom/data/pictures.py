@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from darkroom.data.records import Reading, Record, read_parts, read_whole, reason_of
 from darkroom.data.sources import DataConfig, ImageDataset
@@ -47,8 +47,8 @@ class PictureDataset(ImageDataset):
         self.in_memory = len(self._records) * width * height * (config.channels + maps) <= in_memory_bytes
         if self.in_memory:
             self._decode_all()
-        elif all(isinstance(self._try(r), str) for r in self._records[:8]):
-            self._nothing_readable(self._try(self._records[0]))
+        elif self._records:
+            self._next_readable(0)  # complains when all are bad
         self.digest = self._digest()
 
     def __len__(self) -> int:
@@ -94,6 +94,11 @@ class PictureDataset(ImageDataset):
 
     def _keep(self, records: list[Record], names_from: list[Reading]) -> None:
         """Decide on the fields, number the classes, and leave out what lacks a needed field."""
+        everything = [r for reading in names_from for r in reading.records]
+        folders = {r.folder for r in everything}
+        if all(r.label is None for r in everything) and None not in folders and len(folders) > 1:
+            for record in everything:
+                record.label = record.folder
         count = len(records)
         has = {
             "text": sum(r.text is not None for r in records),
@@ -106,7 +111,7 @@ class PictureDataset(ImageDataset):
         if named is not None:
             self.class_names, self.box_names = list(named.class_names or []), list(named.box_names or [])
         elif "class_label" in fields:
-            self.class_names = self.box_names = _names([r.label for part in names_from for r in part.records])
+            self.class_names = self.box_names = _names([r.label for r in everything])
         if self.config.captions is not None:
             self._write_captions(records, fields)
         kept = []
@@ -123,7 +128,7 @@ class PictureDataset(ImageDataset):
                 continue
             kept.append(record)
         if count and not kept:
-            self._nothing_readable(self.problems[-1][1])
+            self._nothing_readable()
         self._records = kept
         self._extra = [f for f in has if f in fields]
 
@@ -165,6 +170,8 @@ class PictureDataset(ImageDataset):
         """The decoded picture, or why there is none."""
         try:
             return self._decode(record)
+        except UnidentifiedImageError:
+            return "not a picture in a known format"
         except Exception as error:  # whatever a damaged file makes a decoder raise, it is only one picture
             return reason_of(error)
 
@@ -185,13 +192,12 @@ class PictureDataset(ImageDataset):
             self._boxes.append(result[2])
             kept.append(record)
         if count and not kept:
-            self._nothing_readable(self.problems[-1][1])
+            self._nothing_readable()
         self._records = kept
         self._images = images[: len(kept)]
         self._maps = maps[: len(kept)] if maps is not None else None
 
     def _next_readable(self, index: int) -> tuple[int, Decoded]:
-        reason = ""
         for place in range(len(self._records)):
             at = (index + place) % len(self._records)
             result = self._try(self._records[at])
@@ -199,15 +205,14 @@ class PictureDataset(ImageDataset):
                 if place:
                     self.replaced[index] = at
                 return at, result
-            reason = result
-            if (self._records[at].name, reason) not in self.problems:
-                self.problems.append((self._records[at].name, reason))
-        self._nothing_readable(reason)
+            if (self._records[at].name, result) not in self.problems:
+                self.problems.append((self._records[at].name, result))
+        self._nothing_readable()
 
-    def _nothing_readable(self, reason: object) -> NoReturn:
+    def _nothing_readable(self) -> NoReturn:
+        name, reason = self.problems[0]
         raise DarkroomError(
-            f"{self.config.source}: none of its {len(self.problems) or 'first'} pictures can be used ({reason}); "
-            "check the files"
+            f"{self.config.source}: none of its pictures can be used; the first: {name} ({reason}); check the files"
         )
 
     def _digest(self) -> str:

@@ -7,8 +7,8 @@ A sample is a picture and what stands beside it under the same name:
     .json     metadata, any keys; `text` or `caption`, `cls` or `label`, and `boxes`: a list of
               {"cls" or "class", "bbox": [x0, y0, x1, y1] divided by width and height}
 In an image folder, `metadata.jsonl` (one object a line: `file_name`, `text`, any keys as in .json) takes the place of
-these; a picture without a class otherwise has the first sub-folder in its path as its class. In a tar shard the name
-up to the first dot is the sample (WebDataset). `classes.json` beside shards or pictures states names:
+these. When no class is stated and all pictures are in two or more sub-folders, these are the classes. In a tar shard
+the name up to the first dot is the sample (WebDataset). `classes.json` beside shards or pictures states names:
 {"classes": [names], "boxes": {"classes": [names]}}.
 """
 
@@ -72,6 +72,7 @@ class Record:
     image: Blob
     text: str | None = None
     label: int | str | None = None
+    folder: str | None = None  # first sub-folder in its path: its class when nothing else states one
     boxes: list[dict[str, Any]] | None = None
     segmentation: Blob | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -211,11 +212,10 @@ def _read_folder(folder: Path, reading: Reading) -> None:
             "put some in or name another folder"
         )
     listed = {f.parent: _read_metadata(f, reading) for f in files if f.name == METADATA}
-    tops = {f.relative_to(folder).parts[0] for f in pictures}
-    class_folders = len(tops) > 1 and all(len(f.relative_to(folder).parts) > 1 for f in pictures)
     for picture in pictures:
         relative = picture.relative_to(folder)
         record = Record(relative.as_posix(), str(picture), Blob(str(picture)))
+        record.folder = relative.parts[0] if len(relative.parts) > 1 else None
         sheet = next((p for p in picture.parents if p in listed), None)
         if sheet is not None:
             row = listed[sheet].pop(picture.relative_to(sheet).as_posix(), None)
@@ -231,8 +231,6 @@ def _read_folder(folder: Path, reading: Reading) -> None:
             except (OSError, ValueError) as error:
                 reading.problems.append((str(picture), reason_of(error)))
                 continue
-        if record.label is None and class_folders:
-            record.label = relative.parts[0]
         reading.records.append(record)
     for sheet, rows in listed.items():
         reading.problems += [(str(sheet / name), f"listed in {METADATA} but not there") for name in rows]

@@ -15,7 +15,7 @@ Meaning (x grows to the right, y grows downwards, in pixels; the centre of an ob
 Held out (numbers are positions in SHAPES and COLOURS):
     an object whose colour and shape satisfy (colour - shape) mod 8 = 0: 6 of 48, no shape or colour entirely;
     a pair, written so that its relation is `to the left of` (axis 0) or `above` (axis 1), whose shapes satisfy
-    (first + 2*second + 3*axis) mod 7 = 0: 10 of 72, the same whichever of the two objects the caption names first.
+    (first + 2*second + 3*axis) mod 7 = 0: 11 of 72, the same whichever of the two objects the caption names first.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ Lengths are for 64x64 and grow with min(W, H)/64. Shapes: H W image size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -206,12 +207,11 @@ def _describe(
     for shape in SHAPES:
         radius = float(np.sqrt(area / AREA[shape]))
         ideal = coverage(shape, cx, cy - CENTROID_Y[shape] * radius, radius, (x1 - x0, y1 - y0))
-        for step in range(max(BLURS) + 1):
-            if step in BLURS:
-                soft = _stretch(ideal)
-                both = float(np.minimum(soft, covered).sum())
-                best = max(best, (both / (float(soft.sum()) + area - both), shape, radius))
-            ideal = _smooth(_smooth(ideal, 0), 1)
+        for passes in BLURS:
+            soft = _smoothing(y1 - y0, passes) @ ideal @ _smoothing(x1 - x0, passes) if passes else ideal
+            soft = _stretch(soft)
+            both = float(np.minimum(soft, covered).sum())
+            best = max(best, (both / (float(soft.sum()) + area - both), shape, radius))
     overlap, shape, radius = best
     return FoundObject(
         colour=name,
@@ -227,15 +227,11 @@ def _stretch(share: np.ndarray) -> np.ndarray:
     return np.clip((share - 0.15) / 0.7, 0, 1)
 
 
-def _smooth(image: np.ndarray, axis: int) -> np.ndarray:
-    """The filter (1, 2, 1)/4 along an axis; outside is 0."""
-    out = image * 0.5
-    ahead, behind = (slice(1, None), slice(None)), (slice(None, -1), slice(None))
-    if axis == 1:
-        ahead, behind = ahead[::-1], behind[::-1]
-    out[ahead] += 0.25 * image[behind]
-    out[behind] += 0.25 * image[ahead]
-    return out
+@lru_cache(maxsize=256)
+def _smoothing(length: int, passes: int) -> np.ndarray:
+    """(length, length) matrix of `passes` times the filter (1, 2, 1)/4 with zeros outside."""
+    step = np.eye(length) / 2 + np.eye(length, k=1) / 4 + np.eye(length, k=-1) / 4
+    return np.linalg.matrix_power(step, passes).astype(np.float32)
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

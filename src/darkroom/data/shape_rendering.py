@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-# At least 97 apart from one another and 98 from every background (Euclidean, 8-bit RGB): an autoencoder that loses a
+# At least 97 apart from one another and from every background (Euclidean, 8-bit RGB): an autoencoder that loses a
 # quarter of that still leaves the nearest colour the right one.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 35),
