@@ -166,9 +166,8 @@ class Planner:
             batches.batch["moments"] = moments
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer("plan", step, batches, config, Path(folder), device=self.device, quiet=True)
-            # The discriminator's steps are the dear ones: a budget must hold with them.
-            for phase in step.phases:
-                phase.starts_at = 0
+            # Late steps are the dear ones (discriminator, whole images): a budget must hold with them.
+            trainer.train_step = max(config.steps, *(phase.starts_at for phase in step.phases))
             seconds = []
             for _ in range(TIMED_STEPS + 1):
                 started = time.perf_counter()

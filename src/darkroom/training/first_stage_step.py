@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,8 @@ class FirstStageTrainConfig:
     discriminator_layers: int = 3
     discriminator_norm: DiscriminatorNorm = "group"  # official: "batch"
     crop: int | None = None  # train on random squares of this side; None: whole images
+    crop_steps: int | None = None  # crop only before this train step; then whole images, so that norms meet what they
+    # will meet in use. None: crop to the end
     flip: bool = False  # mirror each image left to right with probability 1/2
     scale: Literal["element", "image"] = "element"  # "element" divides the official loss ("image") by C*H*W, so that
     # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change
@@ -171,7 +173,10 @@ class AutoencoderPhase(nn.Module):
 
     def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.autoencoder.parameters()).device
-        image = augment(batch["image"].to(device), self.config, generator)
+        config = self.config
+        if config.crop_steps is not None and train_step >= config.crop_steps:
+            config = replace(config, crop=None)
+        image = augment(batch["image"].to(device), config, generator)
         f, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
         shape = (image.shape[0], channels, image.shape[2] // f, image.shape[3] // f)
         return self.loss(image, torch.randn(shape, generator=generator).to(image), train_step)
