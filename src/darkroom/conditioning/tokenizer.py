@@ -33,13 +33,13 @@ class WordPieceTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-        if None in ids:
-            missing = SPECIAL_TOKENS[ids.index(None)]
-            raise DarkroomError(
-                f"tokenizer: the vocabulary has no {missing}; give one with {', '.join(SPECIAL_TOKENS)}"
-            )
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id = ids
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (self._special(token) for token in SPECIAL_TOKENS)
+
+    def _special(self, token: str) -> int:
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise DarkroomError(f"tokenizer: the vocabulary has no {token}; give one with {', '.join(SPECIAL_TOKENS)}")
+        return int(index)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocabulary_size: int) -> WordPieceTokenizer:

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from darkroom.networks import kernels
+from darkroom.networks.kernels import linear
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -45,9 +48,22 @@ def zero_module(module: Module) -> Module:
     return module
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """32 groups as in the paper; widths that 32 does not divide get the largest common divisor."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+class GroupNorm(nn.GroupNorm):
+    """(B, C, H, W) -> same: 32 groups as in the paper; widths that 32 does not divide get the largest common divisor.
+
+    The neighbours in a residual block are part of it, because each would be one more pass over memory.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(math.gcd(32, channels), channels, eps=eps)
+
+    def forward(self, x: Tensor, silu: bool = False, shift: Tensor | None = None, film: Tensor | None = None) -> Tensor:
+        """norm(x + shift), then y (1 + scale) + offset, then SiLU; shift (B, C), film (B, 2C) = [scale, offset]."""
+        weight, bias = self.weight[None], self.bias[None]
+        if film is not None:
+            scale, offset = film.chunk(2, dim=1)
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + offset
+        return kernels.group_norm(x, shift, weight, bias, self.num_groups, self.eps, silu)
 
 
 def run(function: Callable[..., Tensor], *inputs: Tensor | None, use_checkpoint: bool) -> Tensor:
@@ -70,7 +86,7 @@ def from_tokens(tokens: Tensor, like: Tensor) -> Tensor:
 def pointwise(tokens: Tensor, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> Tensor:
     """(B, N, C) -> (B, N, C'): a linear layer or a convolution of kernel size 1, whose weight is only stored with
     more axes."""
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Upsample(nn.Module):
@@ -119,12 +135,12 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.up, self.down = up, down
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
-            group_norm(out_channels),
+            GroupNorm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -141,18 +157,14 @@ class ResBlock(nn.Module):
         return F.avg_pool2d(x, 2) if self.down else x
 
     def _forward(self, x: Tensor, emb: Tensor, size: tuple[int, int] | None) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = conv(self._resample(activation(norm(x)), size))
+        # The activations in the lists only hold the official numbering: they are part of the norms.
+        norm, _, conv = self.in_layers
+        h = conv(self._resample(norm(x, silu=True), size))
         x = self._resample(x, size)
-        emb = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
-        if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-        else:
-            h = norm(h + emb)
-        for layer in rest:
-            h = layer(h)
+        emb = self.emb_layers(emb)
+        norm, _, dropout, conv = self.out_layers
+        h = norm(h, silu=True, film=emb) if self.use_scale_shift_norm else norm(h, silu=True, shift=emb)
+        h = conv(dropout(h))
         return self._skip(x) + h
 
     def _skip(self, x: Tensor) -> Tensor:
@@ -172,7 +184,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.new_order = new_order
         self.use_checkpoint = use_checkpoint
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -207,13 +219,17 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
+        if context is None and self.to_k.in_features == self.to_q.in_features:
+            # One product for all three reads x once, and sums one gradient for x instead of three.
+            q, k, v = linear(x, torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])).chunk(3, dim=-1)
+        else:
+            context = x if context is None else context
+            q, k, v = pointwise(x, self.to_q), pointwise(context, self.to_k), pointwise(context, self.to_v)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        return self.to_out(h.transpose(1, 2).flatten(2))
+        projection, dropout = self.to_out
+        assert isinstance(projection, nn.Linear)
+        return dropout(pointwise(h.transpose(1, 2).flatten(2), projection))
 
 
 class GEGLU(nn.Module):
@@ -224,8 +240,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * out_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        # Two products with halves of the weight: contiguous results, which the activation wants.
+        bias, gate_bias = self.proj.bias.chunk(2)
+        weight, gate_weight = self.proj.weight.chunk(2)
+        return linear(x, weight, bias) * F.gelu(linear(x, gate_weight, gate_bias))
 
 
 class FeedForward(nn.Module):
@@ -236,7 +254,9 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        gate, dropout, projection = self.net
+        assert isinstance(projection, nn.Linear)
+        return pointwise(dropout(gate(x)), projection)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -293,7 +313,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner = heads * head_width
-        self.norm = group_norm(channels, eps=1e-6)
+        self.norm = GroupNorm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if use_linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, heads, head_width, context_dim, dropout, self_attention, use_checkpoint)

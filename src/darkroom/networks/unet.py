@@ -20,10 +20,10 @@ from darkroom.networks.blocks import (
     AttentionBlock,
     CrossAttention,
     Downsample,
+    GroupNorm,
     ResBlock,
     SpatialTransformer,
     Upsample,
-    group_norm,
     timestep_embedding,
     zero_module,
 )
@@ -254,7 +254,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(stage)
 
         self.out = nn.Sequential(
-            group_norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, c.out_channels, 3, padding=1))
+            GroupNorm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, c.out_channels, 3, padding=1))
         )
         # Without a context each attention reads its own input, which only works where the widths agree.
         attentions = [m for m in self.modules() if isinstance(m, CrossAttention)]
@@ -289,7 +289,8 @@ class UNet(nn.Module):
         following: list[tuple[int, int] | None] = [*(b for _, b in pairwise(sizes)), None]
         for stage, size in zip(self.output_blocks, following, strict=True):
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context, mask, size)
-        return self.out(h).to(x.dtype)
+        norm, _, conv = self.out
+        return conv(norm(h, silu=True)).to(x.dtype)
 
     def _embed(self, time: Tensor, conditioning: Slots | None, dtype: torch.dtype) -> Tensor:
         """(B,) time and the label and vector slots -> (B, E)."""
