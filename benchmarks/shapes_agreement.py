@@ -1,7 +1,7 @@
 """How often a model trained on `shapes` draws what the prompt says, by the exact pixel rules of `check_caption`.
 
     python benchmarks/shapes_agreement.py MODEL [--count 500] [--steps 20] [--solver dpm++2m] [--cfg-scale 3]
-    python benchmarks/shapes_agreement.py MODEL --solvers     DDIM 50 steps against DPM++ 2M 15 steps: time and agreement
+    python benchmarks/shapes_agreement.py MODEL --solvers     DDIM 50 steps against DPM++ 2M 15 steps
 
 The prompts are drawn with a fixed seed from the language of the set; image k has seed k. Combinations that the training
 split never contained are counted apart. The 95 % intervals are Wilson's.
@@ -40,7 +40,8 @@ def measure(model: Any, kind: str, held_out: bool | None, count: int, **settings
     ok = sum(v.ok for v in verdicts)
     low, high = interval(ok, count)
     return {
-        "prompts": kind + {None: "", True: ", combinations never trained", False: ", combinations in training"}[held_out],
+        "prompts": kind
+        + {None: "", True: ", combinations never trained", False: ", combinations in training"}[held_out],
         "count": count,
         "ok": round(ok / count, 4),
         "interval": [round(low, 4), round(high, 4)],

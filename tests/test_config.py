@@ -82,5 +82,5 @@ def test_overrides_set_dotted_keys_without_touching_the_original() -> None:
     base = {"a": {"b": 1}}
     assert with_overrides(base, {"a.b": 2, "c.d": 3}) == {"a": {"b": 2}, "c": {"d": 3}}
     assert base == {"a": {"b": 1}}
-    with pytest.raises(DarkroomError, match='cannot set "a.b.c"'):
+    with pytest.raises(DarkroomError, match=r'cannot set "a\.b\.c"'):
         with_overrides(base, {"a.b.c": 1})

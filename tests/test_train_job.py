@@ -89,7 +89,7 @@ train("shapes-tiny", sys.argv[1], resume=sys.argv[2] == "resume", quiet=True, ov
 
 @pytest.mark.parametrize("stage", ["first_stage", "denoiser"])
 def test_kill_and_resume_is_bit_equal(tmp_path: Path, stage: str) -> None:
-    """N steps in one run, and k + (N - k) steps with a kill -9 between: same weights, optimiser, averages and losses."""
+    """N steps at once, and k + (N - k) with a kill -9 between: same weights, optimiser, averages, losses."""
     overrides = SHORT | {"steps": 30, "first_stage.train.steps": 30} if stage == "denoiser" else SHORT | {"steps": 2}
     if stage == "first_stage":
         overrides |= {"first_stage.train.steps": 30}
@@ -180,7 +180,11 @@ def test_a_folder_with_classes_trains_a_class_model(tmp_path: Path) -> None:
         model.generate(class_label="cat")
     assert "broken.png" in (tmp_path / "run" / "report.html").read_text()
     continued = train(
-        tmp_path / "data", tmp_path / "more", init_from=result.model, overrides={"steps": 2, "batch_size": 4}, quiet=True
+        tmp_path / "data",
+        tmp_path / "more",
+        init_from=result.model,
+        overrides={"steps": 2, "batch_size": 4},
+        quiet=True,
     )
     assert continued.summary["denoiser_steps"] == 2 and "first_stage_steps" not in continued.summary
 
@@ -189,7 +193,9 @@ def test_a_folder_with_captions_trains_a_text_model(tmp_path: Path) -> None:
     folder = images(tmp_path / "data", 10)
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(10)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    result = train(folder, tmp_path / "run", minutes=0.02, overrides={k: v for k, v in TINY.items() if k != "steps"}, quiet=True)
+    result = train(
+        folder, tmp_path / "run", minutes=0.02, overrides={k: v for k, v in TINY.items() if k != "steps"}, quiet=True
+    )
     model = darkroom.load(result.model)
     assert model.conditioner.fields == ("text",)
     assert result.summary["denoiser_steps"] >= 1
@@ -213,7 +219,10 @@ def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
         ({"source": "shapes-tiny", "overrides": {"first_stage.train.autoencoder.in_channels": 1}}, "make them equal"),
         ({"source": None}, "nothing to train on"),
         ({"source": None, "resume": True}, "no run to resume"),
-        ({"source": "shapes-tiny", "first_stage": "missing-model", "overrides": {"first_stage.train": None}}, "missing-model"),
+        (
+            {"source": "shapes-tiny", "first_stage": "missing-model", "overrides": {"first_stage.train": None}},
+            "missing-model",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
@@ -233,6 +242,8 @@ def test_data_may_be_a_root_or_the_images_themselves(tmp_path: Path) -> None:
     (tmp_path / "set" / "a.tar").write_bytes(b"")
     recipe = {"source": ["set/a.tar"], "validation": "set/b.tar", "size": 64}
     inside = found_at(recipe, str(tmp_path))
-    assert inside["source"] == [str(tmp_path / "set" / "a.tar")] and inside["validation"] == str(tmp_path / "set" / "b.tar")
+    assert inside["source"] == [str(tmp_path / "set" / "a.tar")] and inside["validation"] == str(
+        tmp_path / "set" / "b.tar"
+    )
     instead = found_at(recipe, str(tmp_path / "set"))
     assert instead == {"source": str(tmp_path / "set"), "size": 64}

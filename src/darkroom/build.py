@@ -43,16 +43,20 @@ def build_denoiser(config: Mapping[str, Any]) -> Denoiser:
     denoiser = Denoiser(
         network, make_schedule(denoiser_config.schedule), denoiser_config.prediction_type, denoiser_config.sigma_data
     )
-    denoiser.config_dict = to_dict(denoiser_config)  # type: ignore[assignment]
+    denoiser.config_dict = to_dict(denoiser_config)
     return denoiser
 
 
-def build_encoder(config: ClassEncoderConfig | TextEncoderConfig, tokenizer: WordPieceTokenizer | None) -> ConditionEncoder:
+def build_encoder(
+    config: ClassEncoderConfig | TextEncoderConfig, tokenizer: WordPieceTokenizer | None
+) -> ConditionEncoder:
     """One condition encoder; text needs its tokenizer."""
     if isinstance(config, ClassEncoderConfig):
         return ClassEncoder(config)
     if tokenizer is None:
-        raise DarkroomError("a text encoder needs its tokenizer: train it on captions, or keep it in the model's config")
+        raise DarkroomError(
+            "a text encoder needs its tokenizer: train it on captions, or keep it in the model's config"
+        )
     tower = TextTransformer(
         TextTransformerConfig(
             vocabulary_size=tokenizer.vocabulary_size,
@@ -97,7 +101,9 @@ def conditioner_config(
         entry = to_dict(config)
         if isinstance(config, ClassEncoderConfig) and not config.classes:
             if not class_names:
-                raise DarkroomError(f'"conditioner.{name}" needs classes, but the data has none: use class folders or .cls')
+                raise DarkroomError(
+                    f'"conditioner.{name}" needs classes, but the data has none: use class folders or .cls'
+                )
             entry["classes"] = list(class_names)
         if isinstance(config, TextEncoderConfig):
             if not captions:

@@ -29,7 +29,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
@@ -41,7 +41,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise DarkroomError(f"{where or cls.__name__}: expected a mapping of settings, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in data.items():
         path = f"{where}.{key}" if where else str(key)
@@ -64,7 +64,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value not in args:
             raise DarkroomError(f'"{path}" is {value!r}{nearest(str(value), [str(a) for a in args])}')
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path)  # type: ignore[arg-type]
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):

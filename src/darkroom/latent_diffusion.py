@@ -24,7 +24,7 @@ from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.guidance import Guided
-from darkroom.solvers import DEFAULT_SPACING, SOLVERS
+from darkroom.solvers import SOLVERS, default_spacing
 
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "solver": "dpm++2m", "batch_size": 16}
 
@@ -142,10 +142,15 @@ class LatentDiffusion(nn.Module):
             raise DarkroomError(f"batch size is {request.batch_size}: it must be at least 1")
         bad_seeds = [s for s in request.seeds if not 0 <= s < 2**63]
         if not request.seeds or bad_seeds:
-            raise DarkroomError(f"seed {bad_seeds[0] if bad_seeds else '(none)'}: a seed is a whole number from 0 to 2^63-1")
+            raise DarkroomError(
+                f"seed {bad_seeds[0] if bad_seeds else '(none)'}: a seed is a whole number from 0 to 2^63-1"
+            )
         self._check_size(request.size)
         fields = self.conditioner.fields
-        for given, name, flag in ((request.prompts, "text", "a prompt"), (request.class_labels, "class_label", "a class")):
+        for given, name, flag in (
+            (request.prompts, "text", "a prompt"),
+            (request.class_labels, "class_label", "a class"),
+        ):
             if given is not None and name not in fields:
                 takes = " or ".join(sorted(fields)) if fields else "no condition at all"
                 raise DarkroomError(f"this model does not take {flag}: it was trained with {takes}")
@@ -167,11 +172,11 @@ class LatentDiffusion(nn.Module):
             request,
             prompts=spread("prompts", request.prompts),
             class_labels=spread("classes", labels),
-            seeds=spread("seeds", request.seeds),
+            seeds=spread("seeds", request.seeds) or [],
         )
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        factor = self.downsampling * 2 ** (len(self.denoiser.network.config.channel_mult) - 1)
+        factor = self.downsampling * 2 ** (len(self._network_config.channel_mult) - 1)
         for name, value in zip(("width", "height"), size, strict=True):
             if value < factor or value % factor:
                 low = max(factor, value // factor * factor)
@@ -184,12 +189,16 @@ class LatentDiffusion(nn.Module):
         return next(e for e in self.conditioner.encoders.values() if isinstance(e, ClassEncoder))
 
     @property
+    def _network_config(self) -> Any:
+        return self.denoiser.network.config
+
+    @property
     def downsampling(self) -> int:
         return 1 if self.first_stage is None else self.first_stage.downsampling
 
     @property
     def latent_channels(self) -> int:
-        return int(self.denoiser.network.config.out_channels)
+        return int(self._network_config.out_channels)
 
     @torch.no_grad()
     def _run(self, request: Request, progress: Callable[[int, int], None] | None) -> Result:
@@ -199,17 +208,13 @@ class LatentDiffusion(nn.Module):
         total = len(batches) * request.steps
         for done, first in enumerate(batches):
             part = slice(first, first + request.batch_size)
-            offset = done * request.steps
-            latent, nfe = self._sample(
-                request, part, (lambda i, o=offset: progress(o + i, total)) if progress else None
-            )
+            on_step = None if progress is None else _counter(progress, done * request.steps, total)
+            latent, nfe = self._sample(request, part, on_step)
             latents.append(latent)
             images.append(to_uint8(self.decode(latent)))
         return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, nfe))
 
-    def _sample(
-        self, request: Request, part: slice, on_step: Callable[[int], None] | None
-    ) -> tuple[Tensor, int]:
+    def _sample(self, request: Request, part: slice, on_step: Callable[[int], None] | None) -> tuple[Tensor, int]:
         """(B, C, H, W) latents of the images `part` of the request, and network calls per image."""
         assert request.size and request.steps and request.solver and request.guidance_scale is not None
         seeds = request.seeds[part]
@@ -231,7 +236,7 @@ class LatentDiffusion(nn.Module):
 
     def grid(self, solver: str, steps: int) -> Grid:
         """The inference levels of a solver on this model's schedule."""
-        return make_grid(self.denoiser.schedule, steps, spacing=self.info.get("spacing", DEFAULT_SPACING[solver]))
+        return make_grid(self.denoiser.schedule, steps, spacing=default_spacing(solver, self.denoiser.schedule))
 
     def encode_condition(self, request: Request, part: slice) -> Conditioning:
         """The conditioning of some images of a validated request; what is not given is null."""
@@ -285,6 +290,10 @@ class LatentDiffusion(nn.Module):
         from darkroom.model_io import save
 
         return save(self, folder, **options)
+
+
+def _counter(progress: Callable[[int, int], None], offset: int, total: int) -> Callable[[int], None]:
+    return lambda step: progress(offset + step, total)
 
 
 def _as_list(value: Any) -> list[Any] | None:

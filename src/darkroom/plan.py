@@ -67,8 +67,8 @@ class Plan:
 def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe settings for a folder or tar of images: resolution, f, conditioning and sizes for this machine and budget.
 
-    Captions win over classes, classes over nothing. Below three hours on a CPU, images become 64x64 with f = 4; with more
-    time or a GPU 128x128 with f = 8. `data` holds settings that the caller fixed.
+    Captions win over classes, classes over nothing. Below three hours on a CPU, images become 64x64 with f = 4; with
+    more time or a GPU 128x128 with f = 8. `data` holds settings that the caller fixed.
     """
     found = open_dataset(from_dict(DataConfig, {"source": source, **data}, "data"))
     large = torch.cuda.is_available() or (minutes is not None and minutes >= 180)
@@ -127,7 +127,9 @@ class Planner:
         stage = None
         if train is not None:
             assert first_stage is not None
-            stage = self._stage(train, first_stage, lambda: FirstStageStep(first_stage.autoencoder, train.objective), measure)
+            stage = self._stage(
+                train, first_stage, lambda: FirstStageStep(first_stage.autoencoder, train.objective), measure
+            )
         both = nn.ModuleList([self.denoiser, self.conditioner])
         denoiser = self._stage(
             recipe,
@@ -153,7 +155,7 @@ class Planner:
         plan = StagePlan(config.steps, images, parameters)
         return replace(plan, **self._time(config, step())) if measure else plan
 
-    def _time(self, config: LoopConfig, step: Any) -> dict[str, float]:
+    def _time(self, config: LoopConfig, step: Any) -> dict[str, Any]:
         size = self.recipe.data.size
         width, height = (size, size) if isinstance(size, int) else size
         shape: tuple[int, ...] = (self.recipe.data.channels, height, width)
@@ -216,14 +218,15 @@ def describe_plan(plan: Plan) -> str:
     f = plan.downsampling
     lines = [
         f"plan: {plan.recipe}",
-        f"  data       {plan.images} images, {width}x{height}, {plan.image_channels} channels",
-        f"  latents    {width // f}x{height // f}x{plan.latent_channels} (f = {f})",
-        f"  condition  {', '.join(plan.conditioning) or 'none'}",
+        f"  data        {plan.images} images, {width}x{height}, {plan.image_channels} channels",
+        f"  latents     {width // f}x{height // f}x{plan.latent_channels} (f = {f})",
+        f"  condition   {', '.join(plan.conditioning) or 'none'}",
     ]
     for name, stage in (("first stage", plan.first_stage), ("denoiser", plan.denoiser)):
         if stage is None:
             continue
-        text = f"  {name:<11}{stage.parameters / 1e6:.2f} M parameters, {stage.steps} steps of {stage.images_per_step} images"
+        size = f"{stage.parameters / 1e6:.2f} M parameters"
+        text = f"  {name:<12}{size}, {stage.steps} steps of {stage.images_per_step} images"
         if stage.seconds is not None and stage.memory_gib is not None:
             text += f", about {duration(stage.seconds)} ({stage.seconds / 3600:.2f} h), {stage.memory_gib:.1f} GiB"
         lines.append(text)

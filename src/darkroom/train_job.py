@@ -27,7 +27,7 @@ from darkroom.build import build_conditioner, build_denoiser, build_first_stage,
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.config import merge, to_dict, with_overrides
 from darkroom.data.batches import Batches, collate
-from darkroom.data.io import contact_sheet, image_grid, write_image
+from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
 from darkroom.data.latent_cache import LatentCache
 from darkroom.data.sources import open_dataset
 from darkroom.denoiser import Denoiser
@@ -120,13 +120,15 @@ def _new_recipe(
 ) -> Recipe:
     if source is None:
         raise DarkroomError("nothing to train on: give a recipe, a folder of images or a tar")
-    data = data or os.environ.get("DARKROOM_DATA")
     text = str(source)
     is_recipe = Path(text).suffix in (".yaml", ".yml") or not Path(text).exists()
     if is_recipe:
         settings = read_recipe(find_recipe(text))
+        root = os.environ.get("DARKROOM_DATA")
         if data is not None:
             settings["data"] = found_at(settings.get("data", {}), str(data))
+        elif root and (moved := _under_root(settings.get("data", {}), root)):
+            settings["data"] = moved
     else:
         settings = automatic_recipe(str(data or text), minutes, with_overrides({}, changes).get("data", {}))
     if first_stage is not None:
@@ -139,16 +141,24 @@ def _new_recipe(
     return recipe
 
 
+def _under_root(settings: Mapping[str, Any], root: str) -> dict[str, Any] | None:
+    """Data settings with the recipe's relative paths looked up below `root`; None where they are not there."""
+    named = settings.get("source", "shapes")
+    names = [named] if isinstance(named, str) else list(named)
+    if not Path(root).is_dir() or not all(glob(str(Path(root) / name)) for name in names):
+        return None
+    moved: dict[str, Any] = {"source": [str(Path(root) / name) for name in names]}
+    if isinstance(settings.get("validation"), str):
+        moved["validation"] = str(Path(root) / settings["validation"])
+    return merge(settings, moved)
+
+
 def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A recipe's data settings with the data at `place`: the folder that holds the files that the recipe names, or else
     the images themselves, which then also replace the recipe's validation files."""
-    named = settings.get("source", "shapes")
-    names = [named] if isinstance(named, str) else list(named)
-    if Path(place).is_dir() and all(glob(str(Path(place) / name)) for name in names):
-        moved: dict[str, Any] = {"source": [str(Path(place) / name) for name in names]}
-        if isinstance(settings.get("validation"), str):
-            moved["validation"] = str(Path(place) / settings["validation"])
-        return merge(settings, moved)
+    moved = _under_root(settings, place)
+    if moved is not None:
+        return moved
     changed = merge(settings, {"source": place})
     if isinstance(changed.get("validation"), str):
         del changed["validation"]
@@ -172,7 +182,7 @@ def _check_stated(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     for key in ("in_channels", "out_channels"):
         if key in stated and stated[key] != channels:
             raise DarkroomError(
-                f'"denoiser.network.{key}" is {stated[key]} but the first stage gives {channels} channels: remove the line'
+                f'"denoiser.network.{key}" is {stated[key]} but the first stage gives {channels}: remove the line'
             )
 
 
@@ -180,10 +190,10 @@ def _parts_of_model(path: str) -> dict[str, Any]:
     """Recipe settings that rebuild a given model's architecture, for --init-from."""
     model = load(path, device="cpu")
     if not isinstance(model, LatentDiffusion):
-        raise DarkroomError(f'--init-from {path}: holds only a first stage; use --first-stage {path}')
+        raise DarkroomError(f"--init-from {path}: holds only a first stage; use --first-stage {path}")
+    config: Any = model.conditioner.config_dict
     encoders = {
-        name: {k: v for k, v in entry.items() if k != "tokenizer"}
-        for name, entry in model.conditioner.config_dict.get("encoders", {}).items()  # type: ignore[union-attr]
+        name: {k: v for k, v in entry.items() if k != "tokenizer"} for name, entry in config.get("encoders", {}).items()
     }
     settings: dict[str, Any] = {"denoiser": model.denoiser.config_dict, "conditioner": encoders}
     if model.first_stage is not None:
@@ -236,7 +246,7 @@ class _Job:
     # --- stages ---
 
     def run(self, resume: bool) -> Run:
-        recipe, folder = self.recipe, self.folder
+        folder = self.folder
         plan = self.plan()
         if self.world.is_main:
             self._prepare(plan, resume)
@@ -270,7 +280,9 @@ class _Job:
         description["problems"] = [list(p) for p in self.data.problems]
         old = folder / "data.json"
         if resume and old.is_file() and json.loads(old.read_text()).get("digest") != description.get("digest"):
-            raise DarkroomError(f"{folder}: the data has changed since this run began; start a new run with --init-from")
+            raise DarkroomError(
+                f"{folder}: the data has changed since this run began; start a new run with --init-from"
+            )
         _write_json(old, description)
         _write_text(folder / "config.yaml", yaml.safe_dump(to_dict(self.recipe), sort_keys=False, allow_unicode=True))
         _write_json(folder / "plan.json", to_dict(plan))
@@ -282,7 +294,15 @@ class _Job:
 
     def _trainer(self, stage: str, step: Any, source: Any, config: LoopConfig, hooks: Hooks) -> Trainer:
         return Trainer(
-            stage, step, source, config, self.folder, device=self.device, world=self.world, hooks=hooks, quiet=self.quiet
+            stage,
+            step,
+            source,
+            config,
+            self.folder,
+            device=self.device,
+            world=self.world,
+            hooks=hooks,
+            quiet=self.quiet,
         )
 
     def _batches(self, dataset: Any, config: LoopConfig) -> Batches:
@@ -357,7 +377,7 @@ class _Job:
         batches = self._validation_batches(validation)
         model = LatentDiffusion(first_stage, denoiser, conditioner, self._model_info({}))
         for module in (denoiser, conditioner):
-            module.to(self.device, memory_format=torch.channels_last)
+            module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         request = self.sample_request(model)
 
         def validate(_: int) -> dict[str, float]:
@@ -367,7 +387,8 @@ class _Job:
             if self.world.is_main:
                 images = model.generate(request).images
                 path = self.folder / "samples" / f"denoiser-{train_step:06d}.png"
-                write_image(image_grid(images), path)
+                captions = request.prompts or [str(label) for label in request.class_labels or []]
+                write_png(path, image_grid(images), {"captions": json.dumps(captions)})
 
         trainer = self._trainer("denoiser", step, self._batches(dataset, recipe), recipe, Hooks(validate, sample))
         result = trainer.run(resume)
@@ -404,7 +425,7 @@ class _Job:
             classes = getattr(getattr(encoder, "config", None), "classes", None)
             if classes is not None and list(classes) != list(self.data.class_names or []):
                 raise DarkroomError(
-                    f"--init-from {self.init_from}: its classes ({', '.join(classes[:4])}, ...) are not those of the data; "
+                    f"--init-from {self.init_from}: its classes ({', '.join(classes[:4])}, ...) are not the data's; "
                     "name the class folders alike, or train without --init-from"
                 )
 
@@ -541,4 +562,3 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     _write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-

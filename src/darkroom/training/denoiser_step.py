@@ -27,7 +27,9 @@ def draw(shape: torch.Size | tuple[int, ...], generator: torch.Generator, like: 
     return torch.randn(shape, generator=generator).to(like.device)
 
 
-def batch_latent(batch: Batch, first_stage: FirstStage | None, generator: torch.Generator, device: torch.device) -> Tensor:
+def batch_latent(
+    batch: Batch, first_stage: FirstStage | None, generator: torch.Generator, device: torch.device
+) -> Tensor:
     """(B, C, H, W) normalised latents: a fresh sample of the cached posterior ("moments"), of the image's posterior,
     or the image itself where there is no first stage (pixel diffusion)."""
     if "moments" in batch:
@@ -70,7 +72,12 @@ class DenoiserStep:
         first_stage: FirstStage | None,
         objective: ObjectiveConfig,
     ) -> None:
-        self.denoiser, self.conditioner, self.first_stage, self.objective = denoiser, conditioner, first_stage, objective
+        self.denoiser, self.conditioner, self.first_stage, self.objective = (
+            denoiser,
+            conditioner,
+            first_stage,
+            objective,
+        )
         if first_stage is not None:
             first_stage.requires_grad_(False).eval()
         module = DenoiserPhase(denoiser, conditioner, objective)

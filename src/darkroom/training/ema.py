@@ -21,10 +21,7 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self._live = {
-            f"{name}.{key}": p
-            for name, m in self.modules.items()
-            for key, p in m.named_parameters()
-            if p.requires_grad
+            f"{name}.{key}": p for name, m in self.modules.items() for key, p in m.named_parameters() if p.requires_grad
         }
         self.averages: dict[str, Tensor] = {key: p.detach().float().clone() for key, p in self._live.items()}
 

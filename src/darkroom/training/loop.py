@@ -59,7 +59,7 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and in what portions; `steps` counts optimiser steps, `batch_size` images per micro-batch and process."""
+    """How long and in what portions. `steps`: optimiser steps; `batch_size`: images per micro-batch and process."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -126,7 +126,7 @@ class Hooks:
 
 
 class Trainer:
-    """Runs one stage in `folder` (checkpoints under `folder/checkpoints/{stage}`, metrics in `folder/metrics.jsonl`)."""
+    """Runs one stage in `folder`: checkpoints below `checkpoints/{stage}`, metrics in `metrics.jsonl`."""
 
     def __init__(
         self,
@@ -167,7 +167,9 @@ class Trainer:
     def run_step(self) -> dict[str, float]:
         """All phases of the current train step. Returns scalar metrics; {"skipped": 1} when a value was not finite."""
         metrics: dict[str, float] = {}
-        micro_batches: list[Batch] = [self.batches.batch_at(self.train_step, m) for m in range(self.config.accumulation)]
+        micro_batches: list[Batch] = [
+            self.batches.batch_at(self.train_step, m) for m in range(self.config.accumulation)
+        ]
         rate = learning_rate(self.config.optimizer, self.train_step, self.config.steps) * self.rate_scale
         for phase in self.step.phases:
             if self.train_step < phase.starts_at:
@@ -315,7 +317,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one at once."""
+        """The first Ctrl-C (or SIGTERM) ends the run after its step, with a checkpoint; a second one at once."""
 
         def stop(signum: int, _: object) -> None:
             if self._stop:

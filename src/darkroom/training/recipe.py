@@ -1,14 +1,14 @@
 """Recipes: small YAML files that say what differs from the defaults, read strictly.
 
-    base        another recipe (name, or path beside this file) that this one changes; mappings merge, null deletes
-    data        where the images are and what is made of them (DataConfig)
-    first_stage one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none of them: pixels (f1)
-    denoiser    network, noise schedule and prediction type
-    conditioner encoders by name
-    objective   loss weighting and time sampling
-    optimizer, steps, batch_size, ...   the loop of the denoiser (LoopConfig)
-    evaluate    how samples are made during and after training
-    expect      what the recipe reached when it was last run: metric, protocol, hardware, minutes
+base        another recipe (name, or path beside this file) that this one changes; mappings merge, null deletes
+data        where the images are and what is made of them (DataConfig)
+first_stage one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none of them: pixels (f1)
+denoiser    network, noise schedule and prediction type
+conditioner encoders by name
+objective   loss weighting and time sampling
+optimizer, steps, batch_size, ...   the loop of the denoiser (LoopConfig)
+evaluate    how samples are made during and after training
+expect      what the recipe reached when it was last run: metric, protocol, hardware, minutes
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FirstStageChoice:
     def __post_init__(self) -> None:
         given = [n for n in ("train", "name", "path") if getattr(self, n) is not None]
         if len(given) > 1:
-            raise DarkroomError(f'first_stage has {" and ".join(given)}: give one of them (set the other to null)')
+            raise DarkroomError(f"first_stage has {' and '.join(given)}: give one of them (set the other to null)")
 
 
 @dataclass(frozen=True)

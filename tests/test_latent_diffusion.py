@@ -1,0 +1,160 @@
+"""Generation: what an image may depend on, what a request may say, and what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
+from darkroom.conditioning.classes import ClassEncoderConfig
+from darkroom.conditioning.text import TextEncoderConfig
+from darkroom.denoiser import DenoiserConfig
+from darkroom.diffusion.noise import SeededNoise
+from darkroom.diffusion.schedules import ScheduleConfig
+from darkroom.errors import DarkroomError
+from darkroom.latent_diffusion import LatentDiffusion, Request
+from darkroom.networks.unet import UNetConfig
+from darkroom.solvers import SOLVERS
+
+CAPTIONS = ["a red circle", "a blue square above a green ring"]
+
+
+def make_model(conditions: tuple[str, ...] = ("text",), pixels: bool = False, kind: str = "flow") -> LatentDiffusion:
+    """A model with random weights everywhere, also where training starts from zero, so that every input matters."""
+    torch.manual_seed(3)
+    configs: dict[str, Any] = {
+        "text": TextEncoderConfig(width=32, depth=1, heads=2, head_width=16, length=12, vocabulary_size=64),
+        "class": ClassEncoderConfig(width=32),
+    }
+    conditioner = build_conditioner(
+        conditioner_config({c: configs[c] for c in conditions}, ["cat", "dog", "snail"], CAPTIONS)
+    )
+    first_stage = None
+    if not pixels:
+        first_stage = build_first_stage({"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 8})
+    network = UNetConfig(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_heads=2
+    )
+    config = DenoiserConfig(
+        network=network,
+        schedule=ScheduleConfig(kind=kind),  # type: ignore[arg-type]
+        prediction_type="velocity" if kind == "flow" else "epsilon",
+    )
+    denoiser = build_denoiser(denoiser_config(config, {}, 3 if pixels else 4, conditioner))
+    for p in denoiser.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return LatentDiffusion(first_stage, denoiser, conditioner, {"defaults": {"size": [16, 16], "steps": 4}})
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return make_model()
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_an_image_depends_on_its_own_seed_and_prompt_only(model: LatentDiffusion, solver: str) -> None:
+    """Alone, in a batch, and in a batch that is cut in two: at most one step of 255 apart."""
+    options = {"solver": solver, "steps": 4} | ({"eta": 0.7} if solver == "ddim" else {})
+    if solver == "ddpm":
+        options["steps"] = 5
+    together = model.generate([*CAPTIONS, "a ring"], seed=[5, 6, 7], **options)
+    cut = model.generate([*CAPTIONS, "a ring"], seed=[5, 6, 7], batch_size=2, **options)
+    alone = model.generate(CAPTIONS[1], seed=6, **options)
+    assert together.images.std() > 5
+    assert difference(together.images, cut.images) <= 1
+    assert difference(together.images[1], alone.images[0]) <= 1
+    assert difference(together.images[0], together.images[1]) > 10
+
+
+def test_the_same_request_gives_the_same_bytes(model: LatentDiffusion) -> None:
+    request = Request(prompts=CAPTIONS, seeds=[1, 2], solver="ddim", eta=1.0, steps=4)
+    one, two = model.generate(request), model.generate(request)
+    assert np.array_equal(one.images, two.images) and torch.equal(one.latents, two.latents)
+    record = one.settings[1]["request"]
+    again = model.generate(Request(**{**record, "size": tuple(record["size"])}))
+    assert np.array_equal(one.images, again.images)
+
+
+def test_prompt_negative_prompt_and_guidance_matter(model: LatentDiffusion) -> None:
+    base = model.generate(CAPTIONS[0], seed=1)
+    assert base.nfe == 8  # four steps, guided: two calls each
+    assert model.generate(CAPTIONS[0], seed=1, guidance_scale=1.0).nfe == 4
+    for change in ({"negative_prompt": "a blue ring"}, {"guidance_scale": 9.0}, {"seed": 2}):
+        assert difference(base.images, model.generate(CAPTIONS[0], **({"seed": 1} | change)).images) > 0
+    assert difference(base.images, model.generate(CAPTIONS[1], seed=1).images) > 0
+
+
+def test_size_progress_and_defaults(model: LatentDiffusion) -> None:
+    seen: list[tuple[int, int]] = []
+    result = model.generate(
+        CAPTIONS, seed=[0, 1], size=(24, 8), batch_size=1, progress=lambda d, t: seen.append((d, t))
+    )
+    assert result.images.shape == (2, 8, 24, 3) and result.images.dtype == np.uint8
+    assert result.latents.shape == (2, 4, 4, 12)
+    assert seen == [(i, 8) for i in range(1, 9)]
+
+
+def test_class_and_unconditional_and_pixel_models() -> None:
+    classes = make_model(("class",))
+    named = classes.generate(class_label=["dog", "snail"], seed=[1, 1])
+    numbered = classes.generate(class_label=[1, 2], seed=[1, 1])
+    assert np.array_equal(named.images, numbered.images)
+    assert named.settings[0]["request"]["class_labels"] == ["dog", "snail"]
+    free = make_model((), kind="ldm")
+    assert free.generate(seed=[1, 2], solver="ddim").nfe == 4
+    pixels = make_model(("class",), pixels=True)
+    assert pixels.generate(class_label="cat", seed=3).images.shape == (1, 16, 16, 3)
+
+
+def test_text_and_class_together() -> None:
+    both = make_model(("text", "class"))
+    one = both.generate("a red circle", class_label="dog", seed=1)
+    text_only = both.generate("a red circle", seed=1)
+    assert difference(one.images, text_only.images) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": "x", "size": (17, 16)}, "the nearest are 16 and 20"),
+        ({"prompt": "x", "size": (16, 2)}, "height 2"),
+        ({"prompt": "x", "solver": "dpm2m"}, 'did you mean "dpm++2m"'),
+        ({"prompt": "x", "steps": 0}, "steps is 0"),
+        ({"prompt": "x", "batch_size": 0}, "batch size is 0"),
+        ({"prompt": "x", "seed": -1}, "seed -1"),
+        ({"prompt": "x", "seed": []}, "seed"),
+        ({"class_label": "cat"}, "does not take a class"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts for 3 images"),
+    ],
+)
+def test_bad_requests_are_one_line(model: LatentDiffusion, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(DarkroomError) as error:
+        model.generate(**arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_model_does_not_take() -> None:
+    classes = make_model(("class",))
+    with pytest.raises(DarkroomError, match="does not take a prompt"):
+        classes.generate("a cat")
+    with pytest.raises(DarkroomError, match="negative prompt"):
+        classes.generate(class_label="cat", negative_prompt="dog")
+    with pytest.raises(DarkroomError, match="'snail'"):
+        classes.generate(class_label="snial")
+
+
+def test_seeded_noise_is_the_images_own_and_can_be_asked_in_any_order() -> None:
+    both, one = SeededNoise([4, 9], (2, 3)), SeededNoise([9], (2, 3))
+    draws = [both(i) for i in range(3)]
+    assert torch.equal(both(1), draws[1]) and torch.equal(both(2), draws[2]) and torch.equal(both(0), draws[0])
+    assert all(torch.equal(one(i)[0], draws[i][1]) for i in range(3))
+    generator = torch.Generator().manual_seed(9)
+    assert torch.equal(one(0)[0], torch.randn(2, 3, generator=generator))
