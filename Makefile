@@ -8,7 +8,7 @@
 #   make recipes       the plan of each shipped recipe, without training
 #   make clean         removes build products and demo-output (not runs/)
 #
-# Variables: PYTHON=/path/to/python3.11   TORCH_INDEX=https://download.pytorch.org/whl/cu130 (another torch build)
+# Variables: PYTHON=/path/to/python3.11   TORCH_INDEX=URL (where another torch build is)
 #            PROMPT="red apple"           (make demo: your own prompt)
 
 SHELL := /bin/bash
@@ -19,7 +19,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTHON ?=
 PROMPT ?=
@@ -45,8 +44,8 @@ $(VENV)/bin/python:
 	exit 2
 
 # Torch first, because the same version exists in several builds: the plain wheel for Linux brings some gigabytes of CUDA
-# libraries. Without an NVIDIA driver the CPU build is taken: from what pip already knows, else from the PyTorch index,
-# else whatever build the version has.
+# libraries. Without an NVIDIA driver the CPU build is taken where pip finds one (TORCH_INDEX says where to look), else
+# whatever build the version has.
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@pip_install() { $(BIN)/python -m pip install -qq --disable-pip-version-check "$$@"; }; \
 	if $(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit(m.version("torch").split("+")[0] != "$(TORCH)")' 2>/dev/null; then \
@@ -57,7 +56,6 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	elif [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "Installing torch $(TORCH), CPU build ..."; \
 	    pip_install "torch==$(TORCH)+cpu" 2>/dev/null \
-	        || pip_install "torch==$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) --retries 1 2>/dev/null \
 	        || pip_install torch==$(TORCH); \
 	else \
 	    echo "Installing torch $(TORCH) ..."; \

@@ -41,7 +41,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise DarkroomError(f"{where or cls.__name__}: expected a mapping of settings, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = _hints(cls)  # type: ignore[arg-type]
+    target: Any = cls
+    hints = _hints(target)
     values: dict[str, Any] = {}
     for key, value in data.items():
         path = f"{where}.{key}" if where else str(key)
@@ -65,7 +66,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise DarkroomError(f'"{path}" is {value!r}{nearest(str(value), [str(a) for a in args])}')
         return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(hint, value, path)  # type: ignore[arg-type]
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             raise DarkroomError(f'"{path}" is a list, got {value!r}')
@@ -107,7 +108,8 @@ def _convert_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
         kind = value.get("kind")
         if kind not in kinds:
             raise DarkroomError(f'"{path}.kind" is {kind!r}{nearest(str(kind), [str(k) for k in kinds])}')
-        return from_dict(kinds[kind], value, path)
+        chosen: Any = kinds[kind]
+        return from_dict(chosen, value, path)
     # Exact scalar types first, so that `int | float` keeps 3 an int and `str | float` keeps "x" a string.
     options.sort(key=lambda a: a is not type(value))
     error: DarkroomError | None = None

@@ -288,7 +288,7 @@ class _Job:
         _write_json(folder / "plan.json", to_dict(plan))
         count = min(32, len(self.data))
         shown = [self.data[i * len(self.data) // count] for i in range(count)]
-        write_image(contact_sheet(shown), folder / "samples" / "contact-sheet.png")
+        write_image(contact_sheet(shown, class_names=self.data.class_names), folder / "samples" / "contact-sheet.png")
         if self.data.problems:
             self.say(f"skipped {len(self.data.problems)} unreadable images (listed in {folder / 'data.json'})")
 
@@ -306,7 +306,15 @@ class _Job:
         )
 
     def _batches(self, dataset: Any, config: LoopConfig) -> Batches:
-        return Batches(dataset, config.batch_size, config.seed, rank=self.world.rank, world_size=self.world.size)
+        return Batches(
+            dataset,
+            config.batch_size,
+            config.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batches=config.accumulation,
+            prefetch=True,
+        )
 
     def _validation_batches(self, dataset: Any, batch_size: int = 32) -> list[dict[str, Any]]:
         count = min(VALIDATION_IMAGES, len(dataset))
@@ -336,7 +344,7 @@ class _Job:
         first_stage = build_first_stage(to_dict(config.autoencoder))
         quieten_posterior(first_stage.autoencoder, config.objective.initial_posterior_std)
         step = FirstStageStep(first_stage.autoencoder, config.objective)
-        batches = self._validation_batches(self.validation)
+        batches = self._validation_batches(self.validation if len(self.validation) else self.data)
         shown = torch.cat([b["image"] for b in batches])[:8]
 
         def validate(_: int) -> dict[str, float]:
@@ -361,6 +369,7 @@ class _Job:
         count = min(len(self.data), 4096)
         images = (collate([self.data[i] for i in range(k, min(k + 64, count))])["image"] for k in range(0, count, 64))
         first_stage.measure(images, step_generator(config.seed, "measure"))
+        result.last.update(validate(result.steps))
         if self.world.is_main:
             save(first_stage, done)
         return first_stage, result
