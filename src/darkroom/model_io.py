@@ -43,7 +43,7 @@ from darkroom.safe_files import (
 )
 from darkroom.safe_pickle import read_checkpoint, tensor_table
 
-__all__ = ["bundled", "load", "save", "select_device", "select_dtype"]
+__all__ = ["bundled", "load", "load_first_stage", "save", "select_device", "select_dtype"]
 
 _BUILD = {"first_stage": build_first_stage, "denoiser": build_denoiser, "conditioner": build_conditioner}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,6 +110,15 @@ def load(
     model = LatentDiffusion(first_stage, parts["denoiser"], parts["conditioner"], info)
     model.denoiser.network.to(precision)
     return model.to(on).eval()
+
+
+def load_first_stage(source: str | Path, device: str | torch.device = "auto") -> FirstStage:
+    """The first stage of a model or first-stage folder, or of a bundled model."""
+    given = load(source, device=device)
+    first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
+    if first_stage is None:
+        raise DarkroomError(f"{source}: holds no first stage")
+    return first_stage
 
 
 def _refuse_single_file(path: Path) -> None:

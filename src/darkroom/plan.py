@@ -20,10 +20,8 @@ from torch import nn
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
 from darkroom.config import from_dict, merge, to_dict
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
-from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
-from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_io import load
+from darkroom.model_io import load_first_stage
 from darkroom.training.denoiser_step import DenoiserStep
 from darkroom.training.first_stage_step import FirstStageStep
 from darkroom.training.loop import Batch, LoopConfig, Trainer
@@ -110,15 +108,13 @@ class Planner:
 
     def _first_stage(self) -> FirstStage | None:
         choice = self.recipe.first_stage
+        if choice.train is not None and choice.train.init_from is not None:
+            return load_first_stage(choice.train.init_from, torch.device("cpu"))
         if choice.train is not None:
             return build_first_stage(to_dict(choice.train.autoencoder))
         if choice.name is None and choice.path is None:
             return None
-        given = load(choice.name or str(choice.path), device="cpu")
-        first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
-        if first_stage is None:
-            raise DarkroomError(f"{choice.name or choice.path}: holds no first stage")
-        return first_stage
+        return load_first_stage(choice.name or str(choice.path), torch.device("cpu"))
 
     def plan(self, measure: bool = False) -> Plan:
         recipe, first_stage = self.recipe, self.first_stage

@@ -34,7 +34,7 @@ from darkroom.denoiser import Denoiser
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
-from darkroom.model_io import load, save, select_device
+from darkroom.model_io import load, load_first_stage, save, select_device
 from darkroom.plan import Plan, Planner, automatic_recipe, describe_plan, fit_minutes
 from darkroom.report import model_card, write_report
 from darkroom.training.denoiser_step import DenoiserStep
@@ -259,6 +259,8 @@ class _Job:
             summary |= _stage_summary("first_stage", result)
             if result.interrupted:
                 return self._interrupted(summary)
+        if self.recipe.steps == 0:
+            return self._finish_first_stage(first_stage, summary)
         model, result, live = self.denoiser_stage(first_stage, resume)
         summary |= _stage_summary("denoiser", result)
         if result.interrupted:
@@ -272,6 +274,18 @@ class _Job:
         report = write_report(folder)
         self.say(f"model: {folder / 'model'}\nreport: {report}")
         return Run(folder, folder / "model", report, summary)
+
+    def _finish_first_stage(self, first_stage: FirstStage | None, summary: dict[str, Any]) -> Run:
+        """The end of a recipe with `steps: 0`: the first stage is the model."""
+        if first_stage is None:
+            raise DarkroomError('"steps" is 0 and there is no first stage to train: nothing to do')
+        if not self.world.is_main:
+            return Run(self.folder, None, None, summary)
+        save(first_stage, self.folder / "model", info={"name": self.recipe.name, "training": summary})
+        _write_json(self.folder / "summary.json", summary)
+        report = write_report(self.folder)
+        self.say(f"model: {self.folder / 'model'}\nreport: {report}")
+        return Run(self.folder, self.folder / "model", report, summary)
 
     def _prepare(self, plan: Plan, resume: bool) -> None:
         folder = self.folder
@@ -327,13 +341,8 @@ class _Job:
         """The trained or given first stage, with measured latents; None for pixel models."""
         choice = self.recipe.first_stage
         if choice.train is None:
-            if choice.name is None and choice.path is None:
-                return None, None
-            given = load(choice.name or str(choice.path), device=str(self.device))
-            first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
-            if first_stage is None:
-                raise DarkroomError(f"{choice.name or choice.path}: holds no first stage")
-            return first_stage, None
+            place = choice.name or choice.path
+            return (None if place is None else load_first_stage(place, self.device)), None
         done = self.folder / "first_stage"
         if resume and (done / "darkroom.json").is_file():
             loaded = load(done, device=str(self.device))
@@ -341,8 +350,11 @@ class _Job:
             return loaded, None
         config = choice.train
         torch.manual_seed(config.seed)
-        first_stage = build_first_stage(to_dict(config.autoencoder))
-        quieten_posterior(first_stage.autoencoder, config.objective.initial_posterior_std)
+        if config.init_from is not None:
+            first_stage = load_first_stage(config.init_from, self.device).requires_grad_(True)
+        else:
+            first_stage = build_first_stage(to_dict(config.autoencoder))
+            quieten_posterior(first_stage.autoencoder, config.objective.initial_posterior_std)
         step = FirstStageStep(first_stage.autoencoder, config.objective)
         batches = self._validation_batches(self.validation if len(self.validation) else self.data)
         shown = torch.cat([b["image"] for b in batches])[:8]
@@ -365,10 +377,13 @@ class _Job:
         if trainer.ema is not None:
             trainer.ema.swap()  # the averaged weights are the first stage from here on
         first_stage.to(self.device).eval()
-        self.say("measuring the latents")
-        count = min(len(self.data), 4096)
-        images = (collate([self.data[i] for i in range(k, min(k + 64, count))])["image"] for k in range(0, count, 64))
-        first_stage.measure(images, step_generator(config.seed, "measure"))
+        if config.objective.train_encoder or config.init_from is None:
+            self.say("measuring the latents")
+            count = min(len(self.data), 4096)
+            images = (
+                collate([self.data[i] for i in range(k, min(k + 64, count))])["image"] for k in range(0, count, 64)
+            )
+            first_stage.measure(images, step_generator(config.seed, "measure"))
         result.last.update(validate(result.steps))
         if self.world.is_main:
             save(first_stage, done)

@@ -70,14 +70,15 @@ class Conditioner(nn.Module):
         With a (CPU) generator each encoder drops each example by its drop_rate. The draws are made for every encoder,
         also for a rate of 0, so that changing one rate leaves the other encoders' draws as they are.
         """
-        parts = []
-        size = self._batch_size(batch)
         for name, encoder in self._items():
             if encoder.field not in batch:
                 raise DarkroomError(
                     f"conditioner: the encoder {name!r} reads the field {encoder.field!r}, but the data has "
                     f"{', '.join(sorted(batch))}; add it to the data or remove the encoder"
                 )
+        parts = []
+        size = self._batch_size(batch)
+        for _, encoder in self._items():
             keep = None if generator is None else torch.rand(size, generator=generator) >= encoder.drop_rate
             values = batch[encoder.field]
             if values is None:

@@ -58,6 +58,10 @@ class FirstStageTrainConfig:
     crop: int | None = None  # train on random squares of this side; None: whole images
     crop_steps: int | None = None  # crop only before this train step; then whole images, so that norms meet what they
     # will meet in use. None: crop to the end
+    train_encoder: bool = True  # False: only the decoder learns, so that latents and denoisers made with it stay valid
+    decoder_noise: float = (
+        0.0  # more noise on z (its standard deviation): the decoder then forgives a denoiser's errors
+    )
     flip: bool = False  # mirror each image left to right with probability 1/2
     scale: Literal["element", "image"] = "element"  # "element" divides the official loss ("image") by C*H*W, so that
     # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change
@@ -76,6 +80,8 @@ class FirstStageStep:
 
     def __init__(self, autoencoder: Autoencoder, config: FirstStageTrainConfig) -> None:
         self.autoencoder, self.config = autoencoder, config
+        for part in (autoencoder.encoder, autoencoder.quant_conv):
+            part.requires_grad_(config.train_encoder)
         self.perceptual = resolve_perceptual(config, autoencoder.config.out_channels)
         self.likelihood = Likelihood(config)
         self.pairs = Pairs()
@@ -188,7 +194,10 @@ class AutoencoderPhase(nn.Module):
         config = self.config
         discriminator, perceptual = self._frozen
         posterior = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
-        output = self.autoencoder.decode(posterior.sample_with(noise))
+        z = posterior.sample_with(noise)
+        if config.decoder_noise > 0:  # one draw of the joint variance: std^2 + decoder_noise^2
+            z = posterior.mean + torch.sqrt(posterior.variance + config.decoder_noise**2) * noise
+        output = self.autoencoder.decode(z)
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
         leaf = _precise(output.detach()).requires_grad_()
         adversarial = distance = None

@@ -36,8 +36,13 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 @dataclass(frozen=True)
 class FirstStageRecipe(LoopConfig):
-    """Training a first stage: its network, its losses, and the loop."""
+    """Training a first stage: its network, its losses, and the loop.
 
+    init_from: a model whose first stage to start from (its network is then taken, not `autoencoder`). With
+        `objective.train_encoder: false` its shift and scale stay too, so that denoisers trained on it keep working.
+    """
+
+    init_from: str | None = None
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)
 
@@ -69,7 +74,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Recipe(LoopConfig):
-    """A resolved recipe. The loop's own fields (steps, batch_size, optimizer, ...) are the denoiser's."""
+    """A resolved recipe. The loop's own fields (steps, batch_size, optimizer, ...) are the denoiser's;
+    `steps: 0` trains a first stage alone."""
 
     name: str = "custom"
     description: str = ""
