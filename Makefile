@@ -5,7 +5,7 @@
 #   make test-slow     the slow tests alone
 #   make lint          ruff check, ruff format --check, mypy
 #   make bench         every performance claim, measured here
-#   make recipes       the plan of each shipped recipe, without training
+#   make recipes       a few steps of every shipped recipe
 #   make clean         removes build products and demo-output (not runs/)
 #
 # Variables: PYTHON=/path/to/python3.11   TORCH_INDEX=URL (where another torch build is)

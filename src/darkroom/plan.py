@@ -23,7 +23,7 @@ from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.model_io import load_first_stage
 from darkroom.training.denoiser_step import DenoiserStep
-from darkroom.training.first_stage_step import FirstStageStep
+from darkroom.training.first_stage_step import FirstStageStep, FirstStageTrainConfig
 from darkroom.training.loop import Batch, LoopConfig, Trainer
 from darkroom.training.progress import duration, memory_gib
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe
@@ -186,6 +186,7 @@ def fit_minutes(recipe: Recipe, plan: Plan, minutes: float) -> Recipe:
         share = FIRST_STAGE_SHARE
         steps = max(1, int(minutes * 60 * share / plan.first_stage.seconds_per_step))
         train = _with_steps(recipe.first_stage.train, steps)
+        train = replace(train, objective=_with_starts(train.objective, steps / recipe.first_stage.train.steps))
         recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
     steps = max(1, int(minutes * 60 * (1 - share) / plan.denoiser.seconds_per_step))
     return _with_steps(recipe, steps)
@@ -205,6 +206,16 @@ def _with_steps(config: Any, steps: int) -> Any:
             warmup_steps=min(config.optimizer.warmup_steps, steps // 10),
             ema_decay=None if ema is None else min(ema, 1 - 1 / max(10.0, steps / 10)),
         ),
+    )
+
+
+def _with_starts(objective: FirstStageTrainConfig, factor: float) -> FirstStageTrainConfig:
+    """The discriminator and the whole images begin at the same share of a longer or shorter run."""
+    crop_steps = objective.crop_steps
+    return replace(
+        objective,
+        discriminator_start=round(objective.discriminator_start * factor),
+        crop_steps=None if crop_steps is None else round(crop_steps * factor),
     )
 
 
