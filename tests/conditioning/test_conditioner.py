@@ -1,0 +1,250 @@
+"""Class and text encoders, and the conditioner that merges them and drops them in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from parity_data import load_case, weights
+from torch import Tensor, nn
+
+from darkroom.conditioning.classes import ClassEncoder, ClassEncoderConfig
+from darkroom.conditioning.conditioner import Conditioner
+from darkroom.conditioning.encoder import ConditionEncoder
+from darkroom.conditioning.text import TextEncoder
+from darkroom.conditioning.tokenizer import WordPieceTokenizer
+from darkroom.conditioning.types import Conditioning
+from darkroom.errors import DarkroomError
+
+CAPTIONS = ["a red fox", "a blue box", "two red boxes", "a fox"]
+CLASSES = ["fox", "box", "cat"]
+
+
+class Tower(nn.Module):
+    """(B, L) ids -> (B, L, 8), with a mask that replaces padding by its own vector, so that it can be seen."""
+
+    def __init__(self, size: int, width: int = 8) -> None:
+        super().__init__()
+        self.width = width
+        self.embedding = nn.Embedding(size, width)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        tokens = self.embedding(ids)
+        return tokens if mask is None else torch.where(mask[:, :, None], tokens, -1.0)
+
+
+def text_encoder(drop_rate: float = 0.1, use_mask: bool = True) -> TextEncoder:
+    torch.manual_seed(0)
+    tokenizer = WordPieceTokenizer.train(CAPTIONS, 60)
+    return TextEncoder(Tower(tokenizer.vocabulary_size), tokenizer, 6, drop_rate, use_mask)
+
+
+def class_encoder(**options: Any) -> ClassEncoder:
+    torch.manual_seed(1)
+    return ClassEncoder(ClassEncoderConfig(**{"classes": CLASSES, "width": 8, **options}))
+
+
+class ConcatEncoder(ConditionEncoder):
+    """A modality that a user might add, on the default `encode_kept`."""
+
+    def __init__(self, field: str, channels: int, drop_rate: float = 0.0) -> None:
+        super().__init__(field, {"concat": channels}, drop_rate)
+
+    def encode(self, values: Sequence[Any] | Tensor) -> Conditioning:
+        assert isinstance(values, Tensor)
+        return Conditioning(concat=values)
+
+    def null(self, batch_size: int) -> Conditioning:
+        return Conditioning(concat=torch.zeros(batch_size, self.widths["concat"], 4, 4))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(size: int = 4) -> dict[str, Any]:
+    return {"text": [CAPTIONS[i % 4] for i in range(size)], "class_label": torch.arange(size) % 3}
+
+
+# ---- classes
+
+
+def test_class_embedder_golden() -> None:
+    case = load_case("conditioners_ldm", "class_embedder")
+    encoder = ClassEncoder(ClassEncoderConfig(classes=[str(i) for i in range(10)], width=case.args["embed_dim"]))
+    encoder.load_state_dict(weights().make_state_dict(case.spec["layout"]), strict=True)
+    case.check("context", encoder.encode(case.input("class_label")).context, atol=2e-5)
+
+
+def test_class_null_is_the_last_row() -> None:
+    encoder = class_encoder()
+    null = encoder.null(2).context
+    assert null is not None and null.shape == (2, 1, 8)
+    assert encoder.embedding is not None and encoder.embedding.num_embeddings == 4
+    assert torch.equal(null[0, 0], encoder.embedding.weight[3])
+
+
+def test_class_names_and_numbers_agree() -> None:
+    encoder = class_encoder()
+    expected = encoder.encode(torch.tensor([1, 2, 3])).context
+    assert torch.equal(encoder.encode(["box", 2, None]).context, expected)
+    assert torch.equal(encoder.encode(["1", "cat", None]).context, expected)
+
+
+def test_class_slots() -> None:
+    assert class_encoder(slot="vector").encode(["fox"]).vector.shape == (1, 8)
+    encoder = class_encoder(slot="label", width=None)
+    assert encoder.encode(["cat"]).label.tolist() == [2] and encoder.null(2).label.tolist() == [3, 3]
+    assert encoder.widths == {"label": 4} and encoder.slots == ("label",) and not list(encoder.parameters())
+
+
+def test_class_errors() -> None:
+    with pytest.raises(DarkroomError, match="unknown class 'foxx'; the nearest are 'fox'"):
+        class_encoder().encode(["foxx"])
+    with pytest.raises(DarkroomError, match="0 to 2"):
+        class_encoder().encode([3])
+    with pytest.raises(DarkroomError, match="no classes"):
+        class_encoder(classes=[])
+    with pytest.raises(DarkroomError, match="unique"):
+        class_encoder(classes=["a", "a"])
+    with pytest.raises(DarkroomError, match="slot"):
+        class_encoder(slot="concat")
+    with pytest.raises(DarkroomError, match="null class"):
+        class_encoder(null_class=False)
+    with pytest.raises(DarkroomError, match="scale of 1"):
+        class_encoder(null_class=False, drop_rate=0.0).null(1)
+
+
+# ---- text
+
+
+def test_text_null_is_the_empty_prompt() -> None:
+    encoder = text_encoder()
+    null, empty = encoder.null(3), encoder.encode(["", "", ""])
+    assert torch.equal(null.context, empty.context) and torch.equal(null.context_mask, empty.context_mask)
+    assert empty.context_mask.sum(1).tolist() == [2, 2, 2]
+    assert torch.equal(encoder.encode([None, "a fox"]).context[0], empty.context[0])
+
+
+def test_text_mask_is_passed_to_the_tower() -> None:
+    masked, plain = text_encoder().encode(["a fox"]), text_encoder(use_mask=False).encode(["a fox"])
+    assert plain.context_mask is None
+    assert bool((masked.context[0, 4:] == -1).all()) and not bool((plain.context == -1).any())
+    assert torch.equal(masked.context[0, :4], plain.context[0, :4])
+
+
+# ---- dropping
+
+
+def test_drop_rate_is_kept() -> None:
+    """Over 4000 examples the share of nulls lies within 4 standard deviations of each rate, independently."""
+    conditioner = Conditioner({"text": text_encoder(0.1), "class": class_encoder(drop_rate=0.3, slot="label")})
+    size = 4000
+    with torch.no_grad():
+        result = conditioner(batch(size), generator())
+    text_dropped = result.context_mask.sum(1) == 2
+    class_dropped = result.label == 3
+    for dropped, rate in ((text_dropped, 0.1), (class_dropped, 0.3), (text_dropped & class_dropped, 0.03)):
+        assert abs(dropped.float().mean().item() - rate) < 4 * (rate * (1 - rate) / size) ** 0.5
+
+
+def test_no_generator_no_dropping() -> None:
+    conditioner = Conditioner({"class": class_encoder(drop_rate=1.0, slot="label")})
+    assert conditioner(batch()).label.tolist() == [0, 1, 2, 0]
+    assert conditioner(batch(), generator()).label.tolist() == [3, 3, 3, 3]
+
+
+def test_dropping_is_reproducible_and_streams_are_independent() -> None:
+    """Changing one encoder's rate leaves the other's draws alone, even from and to 0."""
+
+    def labels(text_rate: float) -> list[int]:
+        conditioner = Conditioner(
+            {"text": text_encoder(text_rate), "class": class_encoder(drop_rate=0.5, slot="label")}
+        )
+        return conditioner(batch(64), generator(5)).label.tolist()
+
+    assert labels(0.0) == labels(0.0) == labels(0.9)
+
+
+@pytest.mark.parametrize("kind", ["text", "class", "concat"])
+def test_dropped_examples_are_null_and_the_others_untouched(kind: str) -> None:
+    concat = torch.randn(4, 2, 4, 4, generator=generator())
+    encoder: ConditionEncoder = {
+        "text": text_encoder,
+        "class": class_encoder,
+        "concat": lambda: ConcatEncoder("low_resolution", 2),
+    }[kind]()
+    values = {**batch(), "low_resolution": concat}[encoder.field]
+    keep = torch.tensor([True, False, True, False])
+    mixed, kept, null = encoder.encode_kept(values, keep), encoder.encode(values), encoder.null(4)
+    expected = Conditioning.where(keep, kept, null)
+    for slot in ("context", "context_mask", "concat"):
+        a, b = getattr(mixed, slot), getattr(expected, slot)
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+# ---- merging
+
+
+def test_text_and_class_share_the_context() -> None:
+    conditioner = Conditioner({"text": text_encoder(), "class": class_encoder()})
+    assert conditioner.context_dim == 8 and conditioner.vector_dim is None and conditioner.label_count is None
+    result = conditioner(batch())
+    assert result.context.shape == (4, 7, 8) and result.context_mask.shape == (4, 7)
+    assert result.context_mask[:, 6].all()  # the class token is never padding
+    assert torch.equal(result.context[:, 6:], class_encoder().encode(batch()["class_label"]).context)
+    null = conditioner.null(4)
+    assert null.context.shape == result.context.shape and null.context_mask.shape == result.context_mask.shape
+
+
+def test_vectors_and_maps_are_joined() -> None:
+    encoders = {
+        "class": class_encoder(slot="vector", width=8),
+        "group": class_encoder(slot="vector", width=3, field="group"),
+        "low": ConcatEncoder("low_resolution", 3),
+        "edges": ConcatEncoder("edges", 1),
+    }
+    conditioner = Conditioner(encoders)
+    assert conditioner.vector_dim == 11 and conditioner.concat_channels == 4 and conditioner.context_dim is None
+    maps = {"low_resolution": torch.ones(4, 3, 4, 4), "edges": torch.zeros(4, 1, 4, 4), "group": ["fox"] * 4}
+    result = conditioner({**batch(), **maps})
+    assert result.vector.shape == (4, 11) and result.concat.shape == (4, 4, 4, 4)
+    assert result.concat[:, :3].all() and not result.concat[:, 3:].any()
+
+
+def test_empty_conditioner() -> None:
+    conditioner = Conditioner()
+    assert conditioner({"image": torch.zeros(2, 3, 4, 4)}, generator()) == Conditioning() == conditioner.null(3)
+    assert conditioner.context_dim is None and conditioner.fields == ()
+
+
+def test_a_field_that_is_none_is_null() -> None:
+    """Generation from a prompt alone, with a model that also knows classes."""
+    conditioner = Conditioner({"text": text_encoder(), "class": class_encoder()})
+    result, null = conditioner({"text": ["a fox"] * 2, "class_label": None}), conditioner.null(2)
+    assert torch.equal(result.context[:, 6], null.context[:, 6])
+    assert not torch.equal(result.context[:, :6], null.context[:, :6])
+    with pytest.raises(DarkroomError, match=r"null\(batch_size\)"):
+        conditioner({"text": None, "class_label": None})
+
+
+def test_gradient_reaches_the_encoders() -> None:
+    conditioner = Conditioner({"text": text_encoder(), "class": class_encoder()})
+    conditioner(batch(), generator()).context.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in conditioner.parameters())
+
+
+def test_conditioner_errors() -> None:
+    with pytest.raises(DarkroomError, match="text has 8, class has 4"):
+        Conditioner({"text": text_encoder(), "class": class_encoder(width=4)})
+    with pytest.raises(DarkroomError, match="'label'"):
+        Conditioner({"a": class_encoder(slot="label"), "b": class_encoder(slot="label")})
+    with pytest.raises(DarkroomError, match="'class_label', but the data has image, text"):
+        Conditioner({"class": class_encoder()})({"text": ["a"], "image": None})
+    with pytest.raises(DarkroomError, match="differ in length"):
+        Conditioner({"text": text_encoder(), "class": class_encoder()})({"text": ["a"], "class_label": ["fox"] * 2})
+    with pytest.raises(DarkroomError, match="drop_rate"):
+        text_encoder(1.5)
