@@ -105,8 +105,7 @@ bench: $(STAMP)
 
 # A recipe whose data is not on this machine says so and the next one follows.
 recipes: $(STAMP)
-	@for file in $$(find src/darkroom/recipes -name '*.yaml' -not -name 'auto-*' | sort); do \
-	    echo "== $$file"; $(BIN)/darkroom train "$$file" --dry-run || [ $$? -eq 2 ]; done
+	@$(BIN)/python tools/run_recipes.py
 
 clean:
 	rm -rf build dist $(DEMO) .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

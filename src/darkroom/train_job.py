@@ -508,7 +508,7 @@ class _Job:
                 "guidance_scale": evaluate.guidance_scale,
                 "size": [width, height],
             },
-            "data": {k: v for k, v in self.data.describe().items() if k != "problems"},
+            "data": self.data.describe() | {"source": data_names(self.recipe.data.source)},
             "training": dict(summary),
         }
 
@@ -545,6 +545,11 @@ class _Job:
             _write_json(self.folder / "summary.json", summary)
             self.say(f"stopped; everything is saved. Continue with: darkroom train --resume --output {self.folder}")
         return Run(self.folder, None, None, summary)
+
+
+def data_names(source: str | list[str]) -> list[str]:
+    """The names of the data without the folders they lie in: a model travels, its maker's paths do not."""
+    return [Path(s).name for s in ([source] if isinstance(source, str) else source)]
 
 
 def hardware(device: torch.device) -> str:
