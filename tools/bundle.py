@@ -1,7 +1,7 @@
 """Turn a finished run into a bundled model: `python tools/bundle.py runs/emoji emoji --licence FILE... --note TEXT`.
 
-Writes src/darkroom/bundled/NAME: weights in float16, the model card, the resolved recipe (paths of the data made relative),
-the training log and the licences of the data. Refuses more than the repository allows.
+Writes src/darkroom/bundled/NAME: weights in float16, the model card, the resolved recipe (paths of the data made
+relative), the training log and the licences of the data. Refuses more than the repository allows.
 """
 
 from __future__ import annotations
