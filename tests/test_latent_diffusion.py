@@ -158,3 +158,33 @@ def test_seeded_noise_is_the_images_own_and_can_be_asked_in_any_order() -> None:
     assert all(torch.equal(one(i)[0], draws[i][1]) for i in range(3))
     generator = torch.Generator().manual_seed(9)
     assert torch.equal(one(0)[0], torch.randn(2, 3, generator=generator))
+
+
+def test_a_model_without_a_null_class_generates_at_scale_one() -> None:
+    model = make_model(("class",))
+    encoder = model.conditioner.encoders["class"]
+    encoder.config.null_class = False  # type: ignore[union-attr]
+    assert model.generate(class_label="dog", guidance_scale=1.0, steps=2).nfe == 2
+    with pytest.raises(DarkroomError, match="no null class"):
+        model.generate(class_label="dog", guidance_scale=2.0, steps=2)
+
+
+def test_an_image_that_is_not_finite_is_no_black_image(model: LatentDiffusion) -> None:
+    broken = make_model()
+    with torch.no_grad():
+        broken.denoiser.network.out[2].bias.fill_(torch.nan)  # type: ignore[union-attr, index]
+    with pytest.raises(DarkroomError, match="seed 4 is not finite"):
+        broken.generate("a red circle", seed=4, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"eta": 0.5, "solver": "euler"}, "option of the solver ddim"),
+        ({"eta": 2.0, "solver": "ddim"}, "eta is 2.0"),
+        ({"guidance_scale": float("nan")}, "guidance scale"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm(model: LatentDiffusion, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DarkroomError, match=words):
+        model.generate("a red circle", **options)

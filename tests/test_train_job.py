@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import darkroom
+from darkroom.data.sources import open_dataset
 from darkroom.errors import DarkroomError
-from darkroom.train_job import found_at, train
+from darkroom.plan import Planner, describe_plan, fit_minutes
+from darkroom.train_job import _Job, _new_recipe, found_at, train
 from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.recipe import read_recipe, recipe_names, resolve
 
@@ -162,6 +165,7 @@ TINY = {
     "steps": 2,
     "batch_size": 4,
     "denoiser.network.model_channels": 32,
+    "denoiser.network.num_head_channels": 16,
     "denoiser.network.num_res_blocks": 1,
     "evaluate.samples": 2,
     "evaluate.steps": 2,
@@ -201,6 +205,109 @@ def test_a_folder_with_captions_trains_a_text_model(tmp_path: Path) -> None:
     assert result.summary["denoiser_steps"] >= 1
 
 
+def test_a_run_from_a_model_is_resumed_with_that_models_tokenizer(tmp_path: Path) -> None:
+    """The tokenizer of the model that a run began with is not that of the run's own captions."""
+
+    def captioned(name: str, noun: str) -> Path:
+        folder = images(tmp_path / name, 10)
+        rows = [json.dumps({"file_name": f"{i}.png", "text": f"{noun} {noun} {i}"}) for i in range(10)]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+        return folder
+
+    first = train(captioned("one", "snail"), tmp_path / "first", overrides=TINY, quiet=True)
+    tokenizers = []
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        steps = 4 if folder.name == "whole" else 2
+        overrides = {"steps": steps, "batch_size": 4, "data.size": 32, "optimizer.decay": "constant"}
+        overrides["optimizer.warmup_steps"] = 0
+        train(tmp_path / "two" if tokenizers else captioned("two", "zebra"), folder, init_from=first.model,
+              overrides=overrides, quiet=True)  # fmt: skip
+        tokenizers.append((folder / "conditioner.json").read_text())
+    assert tokenizers[0] == tokenizers[1] and "snail" in tokenizers[0] and "zebra" not in tokenizers[0]
+    recipe = resolve(yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text()))
+    assert recipe.init_from == str(first.model)
+    shutil.rmtree(tmp_path / "first" / "model" / "denoiser")  # a run that has begun does not need it any more
+    shutil.copytree(tmp_path / "first" / "first_stage", tmp_path / "kept")
+    resumed = train(
+        None,
+        tmp_path / "parts",
+        resume=True,
+        overrides={"steps": 4, "first_stage.path": str(tmp_path / "kept")},
+        quiet=True,
+    )
+    assert resumed.summary["denoiser_steps"] == 4
+    one, two = (load_file(tmp_path / f / "model" / "denoiser" / "model.safetensors") for f in ("whole", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_resumed_run_still_tells_how_its_first_stage_went(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "model")
+    before = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").unlink()  # a killed run has none
+    summary = train(None, copy, resume=True, quiet=True).summary
+    for key in ("first_stage_steps", "first_stage_psnr", "first_stage_loss", "first_stage_seconds"):
+        assert summary[key] == pytest.approx(before[key], rel=1e-3), key
+    assert summary["denoiser_validation_loss"] == before["denoiser_validation_loss"]
+    one, two = (load_file(f / "model" / "denoiser" / "model.safetensors") for f in (run, copy))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_ctrl_c_between_the_stages_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import darkroom.train_job as module
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    overrides = SHORT | {"first_stage.train.steps": 2, "steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(module.LatentCache, "build", interrupted)
+        result = train("shapes-tiny", tmp_path / "run", overrides=overrides)
+    assert result.interrupted and "--resume" in capsys.readouterr().out
+    finished = train(None, tmp_path / "run", resume=True, quiet=True)
+    assert not finished.interrupted and finished.summary["first_stage_steps"] == 2
+
+
+def test_a_seed_is_that_of_both_stages_and_a_run_keeps_it(run: Path, tmp_path: Path) -> None:
+    recipe, _ = _new_recipe("shapes-tiny", None, 7, {}, None, None, None)
+    assert recipe.seed == 7 and recipe.first_stage.train is not None and recipe.first_stage.train.seed == 7
+    with pytest.raises(DarkroomError, match="keeps its seed"):
+        train(None, run, seed=8, resume=True, quiet=True)
+
+
+def test_a_first_stage_alone_stays_alone_in_a_time_budget(run: Path) -> None:
+    """Also when it starts from a model, whose weights come frozen."""
+    settings = read_recipe(recipe_names()["shapes-decoder"])
+    overrides = {"first_stage.train.init_from": str(run / "first_stage"), "data.size": 32, "data.count": 16}
+    recipe = resolve(settings, overrides | {"first_stage.train.batch_size": 2})
+    plan = Planner(recipe, open_dataset(recipe.data), torch.device("cpu")).plan(measure=True)
+    assert plan.denoiser.seconds_per_step is None and plan.first_stage is not None
+    fitted = fit_minutes(recipe, plan, 1.0)
+    assert fitted.steps == 0 and fitted.first_stage.train is not None
+    assert fitted.first_stage.train.steps == int(60 / plan.first_stage.seconds_per_step)  # type: ignore[operator]
+    assert "denoiser" not in describe_plan(plan)
+
+
+def test_the_saved_config_holds_the_widths_that_followed(run: Path) -> None:
+    network = yaml.safe_load((run / "config.yaml").read_text())["denoiser"]["network"]
+    assert network["context_dim"] == 32 and network["use_spatial_transformer"] is True
+
+
+def test_pictures_that_cannot_be_read_are_listed_also_when_found_late(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = resolve(read_recipe(copy / "config.yaml"))
+    job = _Job(recipe, copy, device="cpu", stated={}, quiet=True)
+    job.data.problems.append(("late.png", "truncated"))
+    assert job._describe_data() == 1
+    again = _Job(recipe, copy, device="cpu", stated={}, quiet=True)
+    assert again._describe_data() == 1
+    assert json.loads((copy / "data.json").read_text())["problems"] == [["late.png", "truncated"]]
+
+
 def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("shapes-tiny", tmp_path / "run", dry_run=True)
     output = capsys.readouterr().out
@@ -217,6 +324,13 @@ def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
         ({"source": "shapes-tiny", "overrides": {"first_stage.name": "x"}}, "give one of them"),
         ({"source": "shapes-tiny", "overrides": {"denoiser.network.in_channels": 7}}, "7"),
         ({"source": "shapes-tiny", "overrides": {"first_stage.train.autoencoder.in_channels": 1}}, "make them equal"),
+        ({"source": "shapes-tiny", "overrides": {"denoiser.network.context_dim": 7}}, "7 in the recipe but 32"),
+        ({"source": "shapes-tiny", "overrides": {"data.size": 50}}, "multiples of 8, for example 48x48"),
+        ({"source": "shapes-tiny", "overrides": {"first_stage.train.objective.crop": 30}}, "multiple of 4"),
+        ({"source": "shapes-tiny", "overrides": {"evaluate.solver": "dim"}}, 'did you mean "ddim"'),
+        ({"source": "shapes-tiny", "overrides": {"evaluate.samples": 0}}, "at least 1"),
+        ({"source": "shapes-tiny", "overrides": {"validate_every": 0}}, '"validate_every" is 0'),
+        ({"source": "shapes-tiny", "first_stage": "emoji", "init_from": "emoji"}, "leave out --first-stage"),
         ({"source": None}, "nothing to train on"),
         ({"source": None, "resume": True}, "no run to resume"),
         (
@@ -247,3 +361,54 @@ def test_data_may_be_a_root_or_the_images_themselves(tmp_path: Path) -> None:
     )
     instead = found_at(recipe, str(tmp_path / "set"))
     assert instead == {"source": str(tmp_path / "set"), "size": 64}
+
+
+def test_a_first_stage_alone_and_its_decoder_only(run: Path, tmp_path: Path) -> None:
+    """`steps: 0` ends with a first stage; tuning its decoder alone leaves every latent as it was."""
+    overrides = {
+        "steps": 0,
+        "first_stage.train.steps": 3,
+        "first_stage.train.init_from": str(run / "model"),
+        "first_stage.train.objective.train_encoder": False,
+        "first_stage.train.objective.decoder_noise": 0.2,
+    }
+    result = train("shapes-tiny", tmp_path / "decoder", overrides=overrides, quiet=True)
+    tuned, model = darkroom.load(result.model), darkroom.load(run / "model")
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        before, after = model.first_stage.encode(image), tuned.encode(image)
+        assert torch.equal(before.mean, after.mean) and torch.equal(before.logvar, after.logvar)
+        latent = before.mode()
+        assert not torch.equal(model.first_stage.decode(latent), tuned.decode(latent))
+    model.first_stage = tuned
+    assert model.generate("a red circle", steps=2).images.shape == (1, 32, 32, 3)
+
+
+def test_crops_end_where_the_recipe_says(tmp_path: Path) -> None:
+    from darkroom.build import build_first_stage
+    from darkroom.training.first_stage_step import FirstStageStep, FirstStageTrainConfig
+
+    first_stage = build_first_stage({"channels": 8, "channel_mult": [1, 1], "num_res_blocks": 1})
+    config = FirstStageTrainConfig(crop=8, crop_steps=1, discriminator_weight=0.0, perceptual="none")
+    phase = FirstStageStep(first_stage.autoencoder, config).phases[0]
+    seen: list[tuple[int, ...]] = []
+    first_stage.autoencoder.encoder.register_forward_hook(lambda _m, inputs, _o: seen.append(tuple(inputs[0].shape)))
+    for step in (0, 1):
+        phase.module({"image": torch.zeros(2, 3, 16, 16)}, torch.Generator().manual_seed(0), step)
+    assert seen == [(2, 3, 8, 8), (2, 3, 16, 16)]
+
+
+def test_a_plan_fits_its_minutes() -> None:
+    """Twice the minutes are twice the steps, and the parts of the first stage keep their share of it."""
+    from darkroom.plan import Plan, StagePlan, fit_minutes
+
+    recipe = resolve(read_recipe(recipe_names()["auto-128"]))
+    assert recipe.first_stage.train is not None
+    stages = StagePlan(1, 1, 1, 0.5, 1.0), StagePlan(1, 1, 1, 0.25, 1.0)
+    plan = Plan("x", 10, (128, 128), 3, 8, 4, [], *stages)
+    one, two = (fit_minutes(recipe, plan, minutes) for minutes in (10, 20))
+    assert one.steps == 10 * 60 * 0.65 / 0.25 and two.steps == 2 * one.steps
+    first, second = one.first_stage.train, two.first_stage.train
+    assert first is not None and second is not None and second.steps == 2 * first.steps
+    share = recipe.first_stage.train.objective.discriminator_start / recipe.first_stage.train.steps
+    assert first.objective.discriminator_start / first.steps == pytest.approx(share, rel=0.01)

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H W latent size; images are (B, height, widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -140,6 +141,14 @@ class LatentDiffusion(nn.Module):
             raise DarkroomError(f"steps is {request.steps}: it must be at least 1")
         if not request.batch_size or request.batch_size < 1:
             raise DarkroomError(f"batch size is {request.batch_size}: it must be at least 1")
+        if request.eta and request.solver != "ddim":
+            raise DarkroomError(
+                f'eta is an option of the solver ddim; "{request.solver}" has none: leave one of them out'
+            )
+        if not 0 <= request.eta <= 1:
+            raise DarkroomError(f"eta is {request.eta}: it must be from 0 (no fresh noise) to 1")
+        if request.guidance_scale is None or not math.isfinite(request.guidance_scale):
+            raise DarkroomError(f"guidance scale is {request.guidance_scale}: it must be a finite number; 1 is off")
         bad_seeds = [s for s in request.seeds if not 0 <= s < 2**63]
         if not request.seeds or bad_seeds:
             raise DarkroomError(
@@ -210,8 +219,15 @@ class LatentDiffusion(nn.Module):
             part = slice(first, first + request.batch_size)
             on_step = None if progress is None else _counter(progress, done * request.steps, total)
             latent, nfe = self._sample(request, part, on_step)
+            image = self.decode(latent)
+            finite = image.flatten(1).isfinite().all(1).tolist()
+            if not all(finite):
+                raise DarkroomError(
+                    f"the image of seed {request.seeds[part][finite.index(False)]} is not finite; use dtype float32, "
+                    "a lower guidance scale or more steps, or another checkpoint of the model"
+                )
             latents.append(latent)
-            images.append(to_uint8(self.decode(latent)))
+            images.append(to_uint8(image))
         return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, nfe))
 
     def _sample(self, request: Request, part: slice, on_step: Callable[[int], None] | None) -> tuple[Tensor, int]:
@@ -247,12 +263,13 @@ class LatentDiffusion(nn.Module):
         if request.class_labels is not None:
             batch["class_label"] = request.class_labels[part]
         if all(value is None for value in batch.values()):
-            return self.conditioner.null(count)
+            return self.conditioner.null(count).to(self.device)
         return self.conditioner(batch).to(self.device)
 
     def encode_negative(self, request: Request, count: int) -> Conditioning | None:
-        """What guidance pushes away from: the negative prompt, else the null conditioning; None when unconditional."""
-        if not self.conditioner.fields:
+        """What guidance pushes away from: the negative prompt, else the null conditioning; None where there is no
+        guidance (a model without conditions, or scale 1, which a model without null conditioning needs)."""
+        if not self.conditioner.fields or request.guidance_scale == 1:
             return None
         if request.negative_prompt:
             batch = dict.fromkeys(self.conditioner.fields) | {"text": [request.negative_prompt] * count}

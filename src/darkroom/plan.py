@@ -20,6 +20,8 @@ from torch import nn
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
 from darkroom.config import from_dict, merge, to_dict
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.autoencoder import nearest_sizes
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.model_io import load_first_stage
 from darkroom.training.denoiser_step import DenoiserStep
@@ -98,27 +100,65 @@ class _RandomBatches:
 class Planner:
     """Builds a recipe's parts without training them."""
 
-    def __init__(self, recipe: Recipe, data: ImageDataset, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, data: ImageDataset, device: torch.device, stated: Mapping[str, Any] | None = None
+    ) -> None:
+        """stated: widths in `denoiser.network` that the recipe's author wrote down and that must be what follows."""
         self.recipe, self.data, self.device = recipe, data, device
         self.first_stage = self._first_stage()
+        self._check_images()
         config = conditioner_config(recipe.conditioner, data.class_names, data.captions())
         self.conditioner = build_conditioner(config)
         channels = recipe.data.channels if self.first_stage is None else self.first_stage.latent_channels
-        self.denoiser = build_denoiser(denoiser_config(recipe.denoiser, {}, channels, self.conditioner))
+        self.denoiser_config = denoiser_config(recipe.denoiser, stated or {}, channels, self.conditioner)
+        self.denoiser = build_denoiser(self.denoiser_config)
+        self._check_size()
 
     def _first_stage(self) -> FirstStage | None:
         choice = self.recipe.first_stage
         if choice.train is not None and choice.train.init_from is not None:
-            return load_first_stage(choice.train.init_from, torch.device("cpu"))
+            return load_first_stage(choice.train.init_from, torch.device("cpu")).requires_grad_(True)
         if choice.train is not None:
             return build_first_stage(to_dict(choice.train.autoencoder))
         if choice.name is None and choice.path is None:
             return None
         return load_first_stage(choice.name or str(choice.path), torch.device("cpu"))
 
+    def _check_images(self) -> None:
+        """The first stage must take the data's images: their channels here, their size in `_check_size`."""
+        channels = self.recipe.data.channels
+        if self.first_stage is not None and self.first_stage.image_channels != channels:
+            key = "first_stage.train.autoencoder.in_channels" if self._trains_new() else "the first stage's in_channels"
+            raise DarkroomError(
+                f'"{key}" is {self.first_stage.image_channels} but the data has "data.channels" {channels}: '
+                "make them equal"
+            )
+
+    def _trains_new(self) -> bool:
+        train = self.recipe.first_stage.train
+        return train is not None and train.init_from is None
+
+    def _check_size(self) -> None:
+        """Sides that both stages can take, found before hours of training."""
+        f = 1 if self.first_stage is None else self.first_stage.downsampling
+        factor = f * 2 ** (len(self.recipe.denoiser.network.channel_mult) - 1) if self.recipe.steps else f
+        width, height = self.recipe.data.width_height
+        if width % factor or height % factor:
+            near = " or ".join(f"{w}x{h}" for w, h in nearest_sizes(width, height, factor))
+            raise DarkroomError(
+                f'"data.size" {width}x{height} does not fit this recipe: sides must be multiples of {factor}, '
+                f"for example {near}"
+            )
+        train = self.recipe.first_stage.train
+        crop = None if train is None else train.objective.crop
+        if crop is not None and (crop % f or crop < f or crop > min(width, height)):
+            raise DarkroomError(
+                f'"first_stage.train.objective.crop" is {crop}: it must be a multiple of {f} that fits in the '
+                f"{width}x{height} images"
+            )
+
     def plan(self, measure: bool = False) -> Plan:
         recipe, first_stage = self.recipe, self.first_stage
-        size = recipe.data.size
         train = recipe.first_stage.train
         stage = None
         if train is not None:
@@ -131,12 +171,12 @@ class Planner:
             recipe,
             both,
             lambda: DenoiserStep(self.denoiser, self.conditioner, first_stage, recipe.objective),
-            measure,
+            measure and recipe.steps > 0,
         )
         return Plan(
             recipe=recipe.name,
             images=len(self.data),
-            image_size=(size, size) if isinstance(size, int) else size,
+            image_size=recipe.data.width_height,
             image_channels=recipe.data.channels,
             downsampling=1 if first_stage is None else first_stage.downsampling,
             latent_channels=recipe.data.channels if first_stage is None else first_stage.latent_channels,
@@ -152,11 +192,12 @@ class Planner:
         return replace(plan, **self._time(config, step())) if measure else plan
 
     def _time(self, config: LoopConfig, step: Any) -> dict[str, Any]:
-        size = self.recipe.data.size
-        width, height = (size, size) if isinstance(size, int) else size
+        width, height = self.recipe.data.width_height
         shape: tuple[int, ...] = (self.recipe.data.channels, height, width)
         example = self.data[0]
-        batches = _RandomBatches(shape, config.batch_size, {f: example[f] for f in self.conditioner.fields})
+        batches = _RandomBatches(
+            shape, config.batch_size, {f: example[f] for f in self.conditioner.fields if f in example}
+        )
         if isinstance(step, DenoiserStep) and self.first_stage is not None:
             f = self.first_stage.downsampling
             moments = torch.zeros(config.batch_size, 2 * self.first_stage.latent_channels, height // f, width // f)
@@ -164,8 +205,8 @@ class Planner:
             batches.batch["moments"] = moments
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer("plan", step, batches, config, Path(folder), device=self.device, quiet=True)
-            # Late steps are the dear ones (discriminator, whole images): a budget must hold with them.
-            trainer.train_step = max(config.steps, *(phase.starts_at for phase in step.phases))
+            # The last step is the dearest (discriminator if it ever starts, whole images): a budget must hold with it.
+            trainer.train_step = max(0, config.steps - 1)
             seconds = []
             for _ in range(TIMED_STEPS + 1):
                 started = time.perf_counter()
@@ -179,15 +220,18 @@ class Planner:
 
 def fit_minutes(recipe: Recipe, plan: Plan, minutes: float) -> Recipe:
     """The recipe with the steps of both stages set so that they fill `minutes`, given a measured plan."""
-    assert plan.denoiser.seconds_per_step is not None
     share = 0.0
     if plan.first_stage is not None and recipe.first_stage.train is not None:
         assert plan.first_stage.seconds_per_step is not None
-        share = FIRST_STAGE_SHARE
+        share = FIRST_STAGE_SHARE if recipe.steps > 0 else 1.0  # `steps: 0` trains a first stage alone
         steps = max(1, int(minutes * 60 * share / plan.first_stage.seconds_per_step))
         train = _with_steps(recipe.first_stage.train, steps)
-        train = replace(train, objective=_with_starts(train.objective, steps / recipe.first_stage.train.steps))
+        factor = steps / max(1, recipe.first_stage.train.steps)
+        train = replace(train, objective=_with_starts(train.objective, factor))
         recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
+    if recipe.steps == 0:
+        return recipe
+    assert plan.denoiser.seconds_per_step is not None
     steps = max(1, int(minutes * 60 * (1 - share) / plan.denoiser.seconds_per_step))
     return _with_steps(recipe, steps)
 
@@ -230,7 +274,7 @@ def describe_plan(plan: Plan) -> str:
         f"  condition   {', '.join(plan.conditioning) or 'none'}",
     ]
     for name, stage in (("first stage", plan.first_stage), ("denoiser", plan.denoiser)):
-        if stage is None:
+        if stage is None or (name == "denoiser" and stage.steps == 0):
             continue
         size = f"{stage.parameters / 1e6:.2f} M parameters"
         text = f"  {name:<12}{size}, {stage.steps} steps of {stage.images_per_step} images"

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,31 @@ from torch import Tensor, nn
 from darkroom import __version__
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
 from darkroom.conditioning.conditioner import Conditioner
-from darkroom.config import merge, to_dict, with_overrides
+from darkroom.config import from_dict, merge, nearest, to_dict, with_overrides
 from darkroom.data.batches import Batches, collate
 from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
 from darkroom.data.latent_cache import LatentCache
 from darkroom.data.sources import open_dataset
-from darkroom.denoiser import Denoiser
+from darkroom.denoiser import Denoiser, DenoiserConfig
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
 from darkroom.model_io import load, load_first_stage, save, select_device
 from darkroom.plan import Plan, Planner, automatic_recipe, describe_plan, fit_minutes
 from darkroom.report import model_card, write_report
+from darkroom.safe_files import read_json, write_file
+from darkroom.solvers import SOLVERS
+from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.denoiser_step import DenoiserStep
 from darkroom.training.distributed import World, join_world
 from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
-from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, step_generator
+from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result, step_generator
 from darkroom.training.progress import duration
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
 
 VALIDATION_IMAGES = 256
+MEASURED_IMAGES = 4096  # whose latents give shift and scale
+DERIVED_WIDTHS = ("in_channels", "out_channels", "context_dim")  # of denoiser.network
 SMALL_SET = 2000  # images below which a model of this kind repeats its training pictures
 
 
@@ -82,6 +87,9 @@ def train(
     source: a recipe (file or shipped name), or the images themselves: a folder or tar, for which a recipe is made that
         fits the data, this machine and `minutes`. With `resume` it may be left out: the run's own config is taken.
     data: where the recipe's images are found, instead of what it names (also: environment variable DARKROOM_DATA).
+    seed: of both stages. A `resume`d run keeps the settings that it was begun with, except for `overrides`.
+    init_from: a model whose denoiser, conditioner and first stage to start from, with its network sizes.
+    first_stage: a model whose first stage to take instead of training one.
     minutes: time budget of both stages together; it is turned into steps once, at the start.
     overrides: dotted recipe keys, {"steps": 500, "optimizer.learning_rate": 1e-4}.
 
@@ -89,15 +97,18 @@ def train(
     """
     folder = Path(output)
     changes = dict(overrides or {})
-    if seed is not None:
-        changes["seed"] = seed
+    stated: Mapping[str, Any] = {}
     resume = resume and (source is None or (folder / "config.yaml").is_file())  # nothing there yet: begin
     if resume:
         recipe = _resumed_recipe(folder, changes)
+        if seed not in (None, recipe.seed):
+            raise DarkroomError(
+                f"{folder}: this run has seed {recipe.seed}, and a run keeps its seed; leave --seed out"
+            )
     else:
         _refuse_used_folder(folder)
-        recipe = _new_recipe(source, data, changes, first_stage, init_from, minutes)
-    job = _Job(recipe, folder, device=device, init_from=None if init_from is None else str(init_from), quiet=quiet)
+        recipe, stated = _new_recipe(source, data, seed, changes, first_stage, init_from, minutes)
+    job = _Job(recipe, folder, device=device, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
         job.recipe = fit_minutes(job.recipe, job.plan(measure=True), minutes)
     if dry_run:
@@ -113,13 +124,17 @@ def train(
 def _new_recipe(
     source: str | os.PathLike[str] | None,
     data: str | os.PathLike[str] | None,
+    seed: int | None,
     changes: dict[str, Any],
     first_stage: str | os.PathLike[str] | None,
     init_from: str | os.PathLike[str] | None,
     minutes: float | None,
-) -> Recipe:
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the widths that follow from other parts but that someone wrote down nevertheless."""
     if source is None:
         raise DarkroomError("nothing to train on: give a recipe, a folder of images or a tar")
+    if first_stage is not None and init_from is not None:
+        raise DarkroomError("--init-from brings its model's own first stage; leave out --first-stage")
     text = str(source)
     is_recipe = Path(text).suffix in (".yaml", ".yml") or not Path(text).exists()
     if is_recipe:
@@ -134,11 +149,19 @@ def _new_recipe(
     if first_stage is not None:
         settings["first_stage"] = {"path": str(first_stage)}
     if init_from is not None:
-        settings = merge(settings, _parts_of_model(str(init_from)))
+        settings |= _parts_of_model(str(init_from))
+    if seed is not None:
+        settings["seed"] = seed
+        if (settings.get("first_stage") or {}).get("train"):
+            settings = with_overrides(settings, {"first_stage.train.seed": seed})
     settings = with_overrides(settings, changes)
-    recipe = resolve(settings)
-    _check_stated(recipe, settings)
-    return recipe
+    denoiser = settings.get("denoiser")
+    network = denoiser.get("network") if isinstance(denoiser, dict) else None
+    stated: dict[str, Any] = {}
+    if isinstance(network, dict):  # anything else is what `resolve` complains about
+        stated = {k: network[k] for k in DERIVED_WIDTHS if network.get(k) is not None}
+        network.pop("context_dim", None)
+    return resolve(settings), stated
 
 
 def _under_root(settings: Mapping[str, Any], root: str) -> dict[str, Any] | None:
@@ -165,27 +188,6 @@ def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
     return changed
 
 
-def _check_stated(recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    """Widths that follow from other parts must not contradict them; found before any training."""
-    stated = settings.get("denoiser", {}).get("network", {})
-    channels = recipe.data.channels
-    if recipe.first_stage.train is not None:
-        autoencoder = recipe.first_stage.train.autoencoder
-        if autoencoder.in_channels != recipe.data.channels:
-            raise DarkroomError(
-                f'"first_stage.train.autoencoder.in_channels" is {autoencoder.in_channels} but the data has '
-                f'"data.channels" {recipe.data.channels}: make them equal'
-            )
-        channels = autoencoder.embed_dim
-    elif recipe.first_stage.name or recipe.first_stage.path:
-        return  # checked when the model is built
-    for key in ("in_channels", "out_channels"):
-        if key in stated and stated[key] != channels:
-            raise DarkroomError(
-                f'"denoiser.network.{key}" is {stated[key]} but the first stage gives {channels}: remove the line'
-            )
-
-
 def _parts_of_model(path: str) -> dict[str, Any]:
     """Recipe settings that rebuild a given model's architecture, for --init-from."""
     model = load(path, device="cpu")
@@ -195,10 +197,12 @@ def _parts_of_model(path: str) -> dict[str, Any]:
     encoders = {
         name: {k: v for k, v in entry.items() if k != "tokenizer"} for name, entry in config.get("encoders", {}).items()
     }
-    settings: dict[str, Any] = {"denoiser": model.denoiser.config_dict, "conditioner": encoders}
-    if model.first_stage is not None:
-        settings["first_stage"] = {"train": None, "name": None, "path": path}
-    return settings
+    return {
+        "denoiser": model.denoiser.config_dict,
+        "conditioner": encoders,
+        "first_stage": {} if model.first_stage is None else {"path": path},
+        "init_from": path,
+    }
 
 
 def _resumed_recipe(folder: Path, changes: dict[str, Any]) -> Recipe:
@@ -221,8 +225,11 @@ def _refuse_used_folder(folder: Path) -> None:
 class _Job:
     """One run: what it holds is the recipe, the folder and the opened data; each stage is a method."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, device: str, init_from: str | None, quiet: bool) -> None:
-        self.recipe, self.folder, self.quiet, self.init_from = recipe, folder, quiet, init_from
+    def __init__(self, recipe: Recipe, folder: Path, *, device: str, stated: Mapping[str, Any], quiet: bool) -> None:
+        self.recipe, self.folder, self.quiet, self.stated = recipe, folder, quiet, stated
+        if recipe.evaluate.solver not in SOLVERS:
+            solver = recipe.evaluate.solver
+            raise DarkroomError(f'"evaluate.solver" is {solver!r}{nearest(solver, SOLVERS)}')
         self.device = select_device(device)
         self.world: World = join_world()
         self.started = time.perf_counter()
@@ -241,12 +248,14 @@ class _Job:
 
     def plan(self, measure: bool = False) -> Plan:
         """What will be done; with `measure` also how long it takes, from a few timed steps."""
-        return Planner(self.recipe, self.data, self.device).plan(measure)
+        planner = Planner(self.recipe, self.data, self.device, self.stated)
+        # With the widths that follow from other parts, so that the saved config tells what was built.
+        self.recipe = replace(self.recipe, denoiser=from_dict(DenoiserConfig, planner.denoiser_config, "denoiser"))
+        return planner.plan(measure)
 
     # --- stages ---
 
     def run(self, resume: bool) -> Run:
-        folder = self.folder
         plan = self.plan()
         if self.world.is_main:
             self._prepare(plan, resume)
@@ -254,6 +263,14 @@ class _Job:
         for warning in self.warnings:
             self.say(f"warning: {warning}")
         summary: dict[str, Any] = self._environment()
+        try:
+            return self._stages(resume, summary)
+        except KeyboardInterrupt:  # between the stages, or the second one inside a stage
+            return self._interrupted(summary)
+
+    def _stages(self, resume: bool, summary: dict[str, Any]) -> Run:
+        """Both stages, then the model folder and the report; `summary` grows on the way."""
+        folder = self.folder
         first_stage, result = self.first_stage_stage(resume)
         if result is not None:
             summary |= _stage_summary("first_stage", result)
@@ -270,10 +287,7 @@ class _Job:
         summary["minutes"] = round((summary.get("first_stage_seconds", 0) + summary["denoiser_seconds"]) / 60, 2)
         model.info |= self._model_info(summary)
         save(model, folder / "model", card=model_card(self._card(model, summary)), live=live)
-        _write_json(folder / "summary.json", summary)
-        report = write_report(folder)
-        self.say(f"model: {folder / 'model'}\nreport: {report}")
-        return Run(folder, folder / "model", report, summary)
+        return self._finished(summary)
 
     def _finish_first_stage(self, first_stage: FirstStage | None, summary: dict[str, Any]) -> Run:
         """The end of a recipe with `steps: 0`: the first stage is the model."""
@@ -282,7 +296,11 @@ class _Job:
         if not self.world.is_main:
             return Run(self.folder, None, None, summary)
         save(first_stage, self.folder / "model", info={"name": self.recipe.name, "training": summary})
+        return self._finished(summary)
+
+    def _finished(self, summary: dict[str, Any]) -> Run:
         _write_json(self.folder / "summary.json", summary)
+        self._describe_data()  # large sets meet their unreadable images only while they are read
         report = write_report(self.folder)
         self.say(f"model: {self.folder / 'model'}\nreport: {report}")
         return Run(self.folder, self.folder / "model", report, summary)
@@ -290,21 +308,29 @@ class _Job:
     def _prepare(self, plan: Plan, resume: bool) -> None:
         folder = self.folder
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        description = self.data.describe() | {"warnings": self.warnings, "validation_count": len(self.validation)}
-        description["problems"] = [list(p) for p in self.data.problems]
         old = folder / "data.json"
-        if resume and old.is_file() and json.loads(old.read_text()).get("digest") != description.get("digest"):
+        if resume and old.is_file() and read_json(old).get("digest") != self.data.digest:
             raise DarkroomError(
                 f"{folder}: the data has changed since this run began; start a new run with --init-from"
             )
-        _write_json(old, description)
+        problems = self._describe_data()
         _write_text(folder / "config.yaml", yaml.safe_dump(to_dict(self.recipe), sort_keys=False, allow_unicode=True))
         _write_json(folder / "plan.json", to_dict(plan))
         count = min(32, len(self.data))
         shown = [self.data[i * len(self.data) // count] for i in range(count)]
         write_image(contact_sheet(shown, class_names=self.data.class_names), folder / "samples" / "contact-sheet.png")
-        if self.data.problems:
-            self.say(f"skipped {len(self.data.problems)} unreadable images (listed in {folder / 'data.json'})")
+        if problems:
+            self.say(f"skipped {problems} unreadable images (listed in {folder / 'data.json'})")
+
+    def _describe_data(self) -> int:
+        """Write data.json. Gives the number of examples left out, those of earlier parts of the run included."""
+        path = self.folder / "data.json"
+        known = read_json(path).get("problems", []) if path.is_file() else []
+        found = (*map(tuple, known), *self.data.problems, *self.validation.problems)
+        problems = [list(p) for p in dict.fromkeys(found)]
+        facts = {"warnings": self.warnings, "validation_count": len(self.validation), "problems": problems}
+        _write_json(path, self.data.describe() | facts)
+        return len(problems)
 
     def _trainer(self, stage: str, step: Any, source: Any, config: LoopConfig, hooks: Hooks) -> Trainer:
         return Trainer(
@@ -347,7 +373,9 @@ class _Job:
         if resume and (done / "darkroom.json").is_file():
             loaded = load(done, device=str(self.device))
             assert isinstance(loaded, FirstStage)
-            return loaded, None
+            # The layout that it had in training: the rest of a half-made latent cache is then equal to the last bit.
+            loaded.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return loaded, finished_result(self.folder, "first_stage")
         config = choice.train
         torch.manual_seed(config.seed)
         if config.init_from is not None:
@@ -379,10 +407,9 @@ class _Job:
         first_stage.to(self.device).eval()
         if config.objective.train_encoder or config.init_from is None:
             self.say("measuring the latents")
-            count = min(len(self.data), 4096)
-            images = (
-                collate([self.data[i] for i in range(k, min(k + 64, count))])["image"] for k in range(0, count, 64)
-            )
+            count = min(len(self.data), MEASURED_IMAGES)
+            spread = [i * len(self.data) // count for i in range(count)]  # folders often lie class by class
+            images = (collate([self.data[i] for i in spread[k : k + 64]])["image"] for k in range(0, count, 64))
             first_stage.measure(images, step_generator(config.seed, "measure"))
         result.last.update(validate(result.steps))
         if self.world.is_main:
@@ -402,14 +429,17 @@ class _Job:
         model = LatentDiffusion(first_stage, denoiser, conditioner, self._model_info({}))
         for module in (denoiser, conditioner):
             module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        request = self.sample_request(model)
+        request = model.validate(self.sample_request(model))  # what is wrong with it is found now
 
         def validate(_: int) -> dict[str, float]:
             return step.validation_loss(batches, recipe.seed) if batches else {}
 
         def sample(train_step: int) -> None:
             if self.world.is_main:
-                images = model.generate(request).images
+                try:
+                    images = model.generate(request).images
+                except DarkroomError as error:  # not finite: the training may recover, or stops by its own rule
+                    return self.say(f"warning: no samples at step {train_step}: {error}")
                 path = self.folder / "samples" / f"denoiser-{train_step:06d}.png"
                 captions = request.prompts or [str(label) for label in request.class_labels or []]
                 write_png(path, image_grid(images), {"captions": json.dumps(captions)})
@@ -425,14 +455,17 @@ class _Job:
 
     def _build_denoiser(self, first_stage: FirstStage | None) -> tuple[Denoiser, Conditioner]:
         recipe = self.recipe
-        if self.init_from is not None:
-            model = load(self.init_from, device="cpu")
+        kept = self.folder / "conditioner.json"  # the tokenizer and class names of this run
+        begun = kept.is_file() and latest_checkpoint(self.folder / "checkpoints" / "denoiser") is not None
+        if recipe.init_from is not None and not begun:
+            model = load(recipe.init_from, device="cpu")
             assert isinstance(model, LatentDiffusion)
             model.denoiser.requires_grad_(True)
             model.conditioner.requires_grad_(True)
             self._check_classes(model.conditioner)
+            if self.world.is_main:
+                _write_json(kept, model.conditioner.config_dict)
             return model.denoiser, model.conditioner
-        kept = self.folder / "conditioner.json"  # the tokenizer and class names of this run
         if kept.is_file():
             config = json.loads(kept.read_text())
         else:
@@ -449,8 +482,8 @@ class _Job:
             classes = getattr(getattr(encoder, "config", None), "classes", None)
             if classes is not None and list(classes) != list(self.data.class_names or []):
                 raise DarkroomError(
-                    f"--init-from {self.init_from}: its classes ({', '.join(classes[:4])}, ...) are not the data's; "
-                    "name the class folders alike, or train without --init-from"
+                    f"--init-from {self.recipe.init_from}: its classes ({', '.join(classes[:4])}, ...) are not "
+                    "the data's; name the class folders alike, or train without --init-from"
                 )
 
     def _latents(self, first_stage: FirstStage | None) -> tuple[Any, Any]:
@@ -535,15 +568,15 @@ class _Job:
             "warnings": self.warnings,
             "version": __version__,
         }
-        if self.init_from is not None:
-            info["base"] = self.init_from
+        if self.recipe.init_from is not None:
+            info["base"] = self.recipe.init_from
         return info
 
     def _interrupted(self, summary: dict[str, Any]) -> Run:
         summary["interrupted"] = True
         if self.world.is_main:
             _write_json(self.folder / "summary.json", summary)
-            self.say(f"stopped; everything is saved. Continue with: darkroom train --resume --output {self.folder}")
+            self.say(f"stopped; go on with: darkroom train --resume --output {self.folder}")
         return Run(self.folder, None, None, summary)
 
 
@@ -584,9 +617,7 @@ def _clone_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, text.encode())
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from darkroom.errors import DarkroomError
 from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.ema import EMA, ema_decay
-from darkroom.training.loop import Hooks, LoopConfig, Phase, Trainer, step_generator
+from darkroom.training.loop import Hooks, LoopConfig, Phase, Trainer, finished_result, step_generator
 from darkroom.training.optim import OptimizerConfig, learning_rate, make_optimizer
 
 
@@ -131,6 +132,102 @@ def test_a_rollback_returns_to_the_checkpoint(tmp_path: Path) -> None:
     assert seen == [4] and result.rollbacks == 1 and result.steps == 8
     assert [r["train_step"] for r in lines(tmp_path)] == list(range(1, 9))
     assert lines(tmp_path)[-1]["learning_rate"] == pytest.approx(0.05)
+
+
+def test_a_checkpoint_that_does_not_help_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    """The newest checkpoint holds weights from which every step fails: the first return is in vain, the second goes
+    further back. No checkpoint is written amid the skipped steps, and time is not counted twice."""
+    t = trainer(tmp_path, bad=set(range(9, 100)), skips_before_rollback=4, steps=30, keep_checkpoints=2)
+    returns: list[int] = []
+    original = t._on_non_finite
+
+    def watched(loss: float) -> None:
+        before = t.rollbacks
+        original(loss)
+        if t.rollbacks > before:
+            returns.append(t.train_step)
+            assert t._elapsed() < 60
+            if len(returns) == 1:
+                t.seconds -= 1000.0  # a return must not bring the seconds of the checkpoint back
+        if len(returns) == 2:
+            t.modules["net"].bad = set()
+
+    t._on_non_finite = watched  # type: ignore[method-assign]
+    result = t.run()
+    assert returns == [8, 4]  # step 12 lies amid the skipped steps 9 to 12: nothing was saved there
+    assert result.steps == 30 and result.skipped_steps == 8 and result.seconds < 0
+    assert t.rate_scale == 0.25
+
+
+def test_stopping_amid_skipped_steps_and_going_on_is_the_same_as_not_stopping(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "a", bad={5, 6, 7}, skips_before_rollback=4)
+    whole.run()
+    first = trainer(tmp_path / "b", bad={5, 6, 7}, skips_before_rollback=4)
+    original = first._on_non_finite
+
+    def stop(loss: float) -> None:
+        original(loss)
+        first._stop = first._skips_in_row == 2
+
+    first._on_non_finite = stop  # type: ignore[method-assign]
+    assert first.run().interrupted
+    second = trainer(tmp_path / "b", bad={5, 6, 7}, skips_before_rollback=4)
+    second.resume()
+    assert second._skips_in_row == 2
+    second.run(resume=True)
+    assert torch.equal(whole.modules["net"].w, second.modules["net"].w)
+
+
+def test_a_finished_stage_tells_its_result_again(tmp_path: Path) -> None:
+    hooks = Hooks(validate=lambda n: {"validation_loss": n / 10, "psnr": 20.0 + n})
+    one = trainer(tmp_path, validate_every=5)
+    one.hooks = hooks
+    result = one.run()
+    assert result.last["psnr"] == 32.0 and result.last["loss"] > 0
+    again = trainer(tmp_path).run(resume=True)
+    assert again.steps == 12 and again.last == result.last
+    finished = finished_result(tmp_path, "stage")
+    assert finished is not None and replace(finished, seconds=0) == replace(result, seconds=0)
+    assert finished_result(tmp_path, "other") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"log_every": 0}, '"log_every" is 0'),
+        ({"batch_size": 0}, '"batch_size" is 0'),
+        ({"steps": -1}, '"steps" is -1'),
+        ({"sample_every": 0}, "only at the end"),
+    ],
+)
+def test_impossible_loops_are_one_line(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(DarkroomError, match=words):
+        LoopConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": -1.0},
+        {"learning_rate": math.nan},
+        {"betas": (0.9, 1.0)},
+        {"ema_decay": 1.0},
+        {"gradient_clip": 0.0},
+        {"warmup_steps": -1},
+    ],
+)
+def test_impossible_optimizers_are_one_line(changes: dict[str, Any]) -> None:
+    with pytest.raises(DarkroomError, match=f"optimizer.{next(iter(changes))}"):
+        OptimizerConfig(**changes)
+
+
+def test_a_checkpoint_of_another_network_is_one_clear_line(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    other = trainer(tmp_path)
+    other.modules["net"].w = nn.Parameter(torch.zeros(4, 2))
+    with pytest.raises(DarkroomError, match="does not fit the networks") as error:
+        other.resume()
+    assert "\n" not in str(error.value)
 
 
 def test_rates(tmp_path: Path) -> None:

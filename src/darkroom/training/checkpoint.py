@@ -90,38 +90,49 @@ def load_checkpoint(
     """Fill modules, optimisers and averages in place (strict) and return the counters."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            take = {name: file.get_tensor(name) for name in names}
+            take = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        counters = read_counters(path)
     except Exception as error:
         raise DarkroomError(f"{path}: not a readable checkpoint ({error}); delete it to use the one before") from error
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in take.items() if k.startswith(prefix)}
 
-    for name, module in modules.items():
-        module.load_state_dict(under(f"module/{name}/"), strict=True)
-    for name, optimizer in optimizers.items():
-        load_optimizer_tensors(optimizer, under(f"optimizer/{name}/"))
-    counters = read_counters(path)
-    if ema is not None:
-        averages = under("ema/")
-        if averages.keys() != ema.averages.keys():
-            raise DarkroomError(f"{path}: the averaged weights do not fit this model; start the run anew")
-        for key, value in averages.items():
-            ema.averages[key].copy_(value)
-        ema.updates = counters["ema_updates"]
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(under(f"module/{name}/"), strict=True)
+        for name, optimizer in optimizers.items():
+            load_optimizer_tensors(optimizer, under(f"optimizer/{name}/"))
+        if ema is not None:
+            averages = under("ema/")
+            if averages.keys() != ema.averages.keys():
+                raise ValueError("other averaged weights")
+            for key, value in averages.items():
+                ema.averages[key].copy_(value)
+            ema.updates = counters["ema_updates"]
+    except (RuntimeError, IndexError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[-1].strip()
+        raise DarkroomError(
+            f"{path}: does not fit the networks of this config ({reason}); a run keeps its networks: undo the change, "
+            "or start a new run"
+        ) from error
     return counters
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(folder.glob("step-*.safetensors"))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a folder, by step number."""
-    found = sorted(folder.glob("step-*.safetensors"))
+    found = all_checkpoints(folder)
     return found[-1] if found else None
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and any half-written file a kill left behind."""
-    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
+    for old in all_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     for part in folder.glob(".step-*.part"):
         part.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ def ema_decay(update: int, limit: float) -> float:
 
 
 class EMA:
-    """Averaged copies of the parameters (buffers are copied as they are) of named modules; float32."""
+    """Averaged copies, in float32, of the trainable parameters of named modules. Buffers have no average: the live
+    ones serve under either set of weights."""
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
         self.modules = dict(modules)

@@ -32,6 +32,7 @@ from darkroom.training.optim import OptimizerConfig, learning_rate, make_optimiz
 from darkroom.training.progress import Progress
 
 Batch = dict[str, Any]
+RECORD_KEYS = ("stage", "train_step", "images_seen", "seconds", "images_per_second")  # of metrics.jsonl besides metrics
 
 
 @dataclass
@@ -74,6 +75,16 @@ class LoopConfig:
     skips_before_rollback: int = 5
     rollbacks_before_stop: int = 3
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "seed": 0, "rollbacks_before_stop": 0}
+        intervals = ("log_every", "checkpoint_every", "validate_every", "sample_every")
+        for name in ("batch_size", "accumulation", "keep_checkpoints", "skips_before_rollback", *intervals):
+            least[name] = 1
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                hint = ' (more than "steps" means: only at the end)' if name in intervals else ""
+                raise DarkroomError(f'"{name}" is {value}: it must be at least {low}{hint}')
 
 
 @dataclass
@@ -161,6 +172,7 @@ class Trainer:
         self.metrics_file = self.folder / "metrics.jsonl"
         self._stop = False
         self._skips_in_row = 0
+        self._running_since: float | None = None
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -223,19 +235,21 @@ class Trainer:
 
     def run(self, resume: bool = False) -> LoopResult:
         """Train to `config.steps`, or until SIGINT/SIGTERM, which saves first. Bit-equal under `resume`."""
+        last: dict[str, float] = {}
         if resume:
             self.resume()
+            last = last_metrics(self.metrics_file, self.stage, self.train_step)
         self._trim_metrics()
         for module in self.modules.values():
             module.train()
         if self.world.is_main and ckpt.latest_checkpoint(self.checkpoints) is None:
             self.save()  # a roll-back in the first interval needs something to return to
         writer = self._event_writer()
-        last: dict[str, float] = {}
         started, images = time.perf_counter(), 0
+        self._running_since = started
         images_per_step = self.config.batch_size * self.config.accumulation * self.world.size
         with self._signals(), Progress(self.stage, self.config.steps, self.train_step, quiet=self.quiet) as bar:
-            while self.train_step < self.config.steps and not self._stop:
+            while self.train_step < self.config.steps and not self._stopped():
                 metrics = self.run_step()
                 if metrics.pop("skipped", 0):
                     self._on_non_finite(metrics["loss"])
@@ -245,21 +259,28 @@ class Trainer:
                     self._skips_in_row = 0
                 self.train_step += 1
                 images += images_per_step
-                now = time.perf_counter()
-                seconds = self.seconds + now - started
+                speed = images / max(time.perf_counter() - started, 1e-9)
                 last = metrics | last_only(last)
-                bar.update(self.train_step, images / max(now - started, 1e-9), metrics.get("loss", math.nan))
-                self._between_steps(metrics, last, seconds, images / max(now - started, 1e-9), writer)
-            self.seconds += time.perf_counter() - started
+                bar.update(self.train_step, speed, metrics.get("loss", math.nan))
+                self._between_steps(metrics, last, speed, writer)
+            self.seconds, self._running_since = self._elapsed(), None
+            self._stopped()
             if self.world.is_main and self.train_step > self._saved_step():
                 self.save()
         if writer is not None:
             writer.close()
         return LoopResult(self.train_step, self.seconds, self.skipped_steps, self.rollbacks, self._stop, last)
 
-    def _between_steps(
-        self, metrics: dict[str, float], last: dict[str, float], seconds: float, speed: float, writer: Any
-    ) -> None:
+    def _elapsed(self) -> float:
+        """Seconds of training so far, those of earlier parts of the run included."""
+        return self.seconds + (0.0 if self._running_since is None else time.perf_counter() - self._running_since)
+
+    def _stopped(self) -> bool:
+        """Whether any process was told to stop: all must leave after the same step, or the others wait for ever."""
+        self._stop = any_rank(self._stop, self.world, self.device)
+        return self._stop
+
+    def _between_steps(self, metrics: dict[str, float], last: dict[str, float], speed: float, writer: Any) -> None:
         """Validation, samples, logs and checkpoints that are due after the step that just ended."""
         n, config = self.train_step, self.config
         final = n == config.steps
@@ -273,14 +294,15 @@ class Trainer:
         if self.world.is_main and (n % config.log_every == 0 or n == 1 or final or len(record) > len(metrics)):
             images_seen = n * config.batch_size * config.accumulation * self.world.size
             head = {"stage": self.stage, "train_step": n, "images_seen": images_seen}
-            tail = {"seconds": round(seconds, 3), "images_per_second": round(speed, 2)}
+            tail = {"seconds": round(self._elapsed(), 3), "images_per_second": round(speed, 2)}
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(head | record | tail) + "\n")
             if writer is not None:
                 for name, value in record.items():
                     writer.add_scalar(f"{self.stage}/{name}", value, n)
-        if self.world.is_main and n % config.checkpoint_every == 0:
-            self.save(seconds)
+        # Not amid skipped steps: a roll-back must find the state before the trouble began.
+        if self.world.is_main and n % config.checkpoint_every == 0 and self._skips_in_row == 0:
+            self.save()
 
     def _under_averages(self, hook: Hook) -> Mapping[str, float] | None:
         for module in self.modules.values():
@@ -295,25 +317,35 @@ class Trainer:
     # --- trouble ------------------------------------------------------------------------------------------------
 
     def _on_non_finite(self, loss: float) -> None:
-        """Skip; after several in a row go back to the last checkpoint at half the rate; then give up."""
+        """Skip; after several in a row go back to the last checkpoint at half the rate; then give up.
+
+        A checkpoint that was returned to before, with no newer one since, did not help: then the one before it is
+        taken, which may lie before the weights went astray.
+        """
         self.skipped_steps += 1
         self._skips_in_row += 1
         if self._skips_in_row < self.config.skips_before_rollback:
             return
         self.rollbacks += 1
-        path = ckpt.latest_checkpoint(self.checkpoints)
-        if self.rollbacks > self.config.rollbacks_before_stop or path is None:
+        found = ckpt.all_checkpoints(self.checkpoints)
+        if self.rollbacks > self.config.rollbacks_before_stop or not found:
             raise DarkroomError(
                 f"{self.stage}: the loss is not finite at step {self.train_step} (loss {loss}) even after "
                 f"{self.rollbacks - 1} returns to a checkpoint; lower optimizer.learning_rate or use precision float32"
             )
-        skipped, rollbacks = self.skipped_steps, self.rollbacks
+        useless = found.pop() if len(found) > 1 and ckpt.read_counters(found[-1]).get("returned_to") else None
+        any_rank(False, self.world, self.device)  # all have chosen, before one changes what is there
+        if self.world.is_main and useless is not None:
+            useless.unlink(missing_ok=True)
+        kept = {"skipped_steps": self.skipped_steps, "rollbacks": self.rollbacks, "seconds": self.seconds}
         scale = self.rate_scale * 0.5
-        self.resume(path)
-        self.skipped_steps, self.rollbacks, self.rate_scale = skipped, rollbacks, scale
-        self._skips_in_row = 0
+        self.resume(found[-1])
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.rate_scale, self._skips_in_row = scale, 0
         self._trim_metrics()
-        self.save()  # so that a later resume keeps the lowered rate and the counts
+        if self.world.is_main:
+            self.save(returned_to=True)  # so that a later resume keeps the lowered rate and the counts
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -336,7 +368,7 @@ class Trainer:
 
     # --- checkpoints and metrics --------------------------------------------------------------------------------
 
-    def save(self, seconds: float | None = None) -> None:
+    def save(self, returned_to: bool = False) -> None:
         path = self.checkpoints / f"step-{self.train_step:08d}.safetensors"
         counters = {
             "stage": self.stage,
@@ -344,7 +376,9 @@ class Trainer:
             "rate_scale": self.rate_scale,
             "skipped_steps": self.skipped_steps,
             "rollbacks": self.rollbacks,
-            "seconds": self.seconds if seconds is None else seconds,
+            "skips_in_row": self._skips_in_row,
+            "returned_to": returned_to,  # written by a roll-back, not by progress
+            "seconds": self._elapsed(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "autocast": str(self.autocast),
@@ -369,6 +403,7 @@ class Trainer:
         self.skipped_steps = counters["skipped_steps"]
         self.rollbacks = counters["rollbacks"]
         self.seconds = counters["seconds"]
+        self._skips_in_row = counters.get("skips_in_row", 0)  # absent in checkpoints of early 0.1 versions
 
     def _saved_step(self) -> int:
         path = ckpt.latest_checkpoint(self.checkpoints)
@@ -397,6 +432,29 @@ class Trainer:
         except ImportError:
             return None
         return SummaryWriter(str(self.folder / "events"), purge_step=self.train_step + 1)
+
+
+def last_metrics(file: Path, stage: str, train_step: int) -> dict[str, float]:
+    """What `LoopResult.last` was when `stage` stood at `train_step`, from the lines of metrics.jsonl."""
+    last: dict[str, float] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
+                record = json.loads(line)
+                if record["stage"] == stage and record["train_step"] <= train_step:
+                    last = last_only(last) | record
+    return {k: v for k, v in last.items() if k not in RECORD_KEYS}
+
+
+def finished_result(folder: Path, stage: str) -> LoopResult | None:
+    """How the training of a stage that an earlier process finished went; None when its checkpoints are gone."""
+    path = ckpt.latest_checkpoint(folder / "checkpoints" / stage)
+    if path is None:
+        return None
+    counters = ckpt.read_counters(path)
+    n = counters["train_step"]
+    last = last_metrics(folder / "metrics.jsonl", stage, n)
+    return LoopResult(n, counters["seconds"], counters["skipped_steps"], counters["rollbacks"], False, last)
 
 
 def last_only(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from darkroom.errors import DarkroomError
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -23,6 +25,22 @@ class OptimizerConfig:
     final_fraction: float = 0.01  # of the learning rate at the end of a cosine decay
     gradient_clip: float | None = 1.0
     ema_decay: float | None = 0.999
+
+    def __post_init__(self) -> None:
+        def check(name: str, value: float, valid: bool, rule: str) -> None:
+            if not valid or not math.isfinite(value):
+                raise DarkroomError(f'"optimizer.{name}" is {value}: it must be {rule}')
+
+        check("learning_rate", self.learning_rate, self.learning_rate > 0, "a number above 0")
+        for beta in self.betas:
+            check("betas", beta, 0 <= beta < 1, "two numbers from 0 to below 1")
+        check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
+        check("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "a share from 0 to 1")
+        if (clip := self.gradient_clip) is not None:
+            check("gradient_clip", clip, clip > 0, "above 0, or null for none")
+        if (decay := self.ema_decay) is not None:
+            check("ema_decay", decay, 0 <= decay < 1, "a number from 0 to below 1, or null for no averages")
 
 
 def learning_rate(config: OptimizerConfig, train_step: int, steps: int) -> float:

@@ -7,6 +7,7 @@ denoiser    network, noise schedule and prediction type
 conditioner encoders by name
 objective   loss weighting and time sampling
 optimizer, steps, batch_size, ...   the loop of the denoiser (LoopConfig)
+init_from   a model whose denoiser and conditioner to start from
 evaluate    how samples are made during and after training
 expect      what the recipe reached when it was last run: metric, protocol, hardware, minutes
 """
@@ -71,6 +72,12 @@ class EvaluateConfig:
     guidance_scale: float = 4.0
     prompts: tuple[str, ...] | None = None  # None: captions (or classes) of the validation split
 
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.steps < 1:
+            raise DarkroomError(
+                f'"evaluate" asks for {self.samples} samples of {self.steps} steps: both must be at least 1'
+            )
+
 
 @dataclass(frozen=True)
 class Recipe(LoopConfig):
@@ -84,6 +91,7 @@ class Recipe(LoopConfig):
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     conditioner: dict[str, ClassEncoderConfig | TextEncoderConfig] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    init_from: str | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     expect: dict[str, Any] = field(default_factory=dict)
 
