@@ -331,6 +331,8 @@ def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
         ({"source": "shapes-tiny", "overrides": {"evaluate.samples": 0}}, "at least 1"),
         ({"source": "shapes-tiny", "overrides": {"validate_every": 0}}, '"validate_every" is 0'),
         ({"source": "shapes-tiny", "first_stage": "emoji", "init_from": "emoji"}, "leave out --first-stage"),
+        ({"source": "shapes-tiny", "overrides": {"conditioner.text.field": "words"}}, "'words'"),
+        ({"source": "shapes-tiny", "overrides": {"objective.loss_weighting": "vlb"}}, "vlb"),
         ({"source": None}, "nothing to train on"),
         ({"source": None, "resume": True}, "no run to resume"),
         (

@@ -185,13 +185,27 @@ class Planner:
             denoiser=denoiser,
         )
 
+    def rehearse(self) -> None:
+        """Both objectives once on one example each: settings that cannot work are found before hours of work."""
+        one = LoopConfig(batch_size=1)
+        train = self.recipe.first_stage.train
+        if train is not None and self.first_stage is not None:
+            self._forward(FirstStageStep(self.first_stage.autoencoder, train.objective), one)
+        if self.recipe.steps > 0:
+            self._forward(DenoiserStep(self.denoiser, self.conditioner, self.first_stage, self.recipe.objective), one)
+
+    def _forward(self, step: FirstStageStep | DenoiserStep, config: LoopConfig) -> None:
+        batch = self._random_batches(step, config).batch_at(0)
+        step.phases[0].module(batch, torch.Generator().manual_seed(0), 0)
+
     def _stage(self, config: LoopConfig, module: nn.Module, step: Any, measure: bool) -> StagePlan:
         images = config.batch_size * config.accumulation
         parameters = sum(p.numel() for p in module.parameters())
         plan = StagePlan(config.steps, images, parameters)
         return replace(plan, **self._time(config, step())) if measure else plan
 
-    def _time(self, config: LoopConfig, step: Any) -> dict[str, Any]:
+    def _random_batches(self, step: Any, config: LoopConfig) -> _RandomBatches:
+        """What `step` is fed with in training, but random."""
         width, height = self.recipe.data.width_height
         shape: tuple[int, ...] = (self.recipe.data.channels, height, width)
         example = self.data[0]
@@ -203,6 +217,10 @@ class Planner:
             moments = torch.zeros(config.batch_size, 2 * self.first_stage.latent_channels, height // f, width // f)
             del batches.batch["image"]
             batches.batch["moments"] = moments
+        return batches
+
+    def _time(self, config: LoopConfig, step: Any) -> dict[str, Any]:
+        batches = self._random_batches(step, config)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer("plan", step, batches, config, Path(folder), device=self.device, quiet=True)
             # The last step is the dearest (discriminator if it ever starts, whole images): a budget must hold with it.

@@ -44,7 +44,7 @@ from darkroom.training.denoiser_step import DenoiserStep
 from darkroom.training.distributed import World, join_world
 from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
 from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result, step_generator
-from darkroom.training.progress import duration
+from darkroom.training.progress import Progress, duration
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
 
 VALIDATION_IMAGES = 256
@@ -246,17 +246,19 @@ class _Job:
         if not self.quiet and self.world.is_main:
             print(text, flush=True)
 
-    def plan(self, measure: bool = False) -> Plan:
+    def plan(self, measure: bool = False, rehearse: bool = False) -> Plan:
         """What will be done; with `measure` also how long it takes, from a few timed steps."""
         planner = Planner(self.recipe, self.data, self.device, self.stated)
         # With the widths that follow from other parts, so that the saved config tells what was built.
         self.recipe = replace(self.recipe, denoiser=from_dict(DenoiserConfig, planner.denoiser_config, "denoiser"))
+        if rehearse:
+            planner.rehearse()
         return planner.plan(measure)
 
     # --- stages ---
 
     def run(self, resume: bool) -> Run:
-        plan = self.plan()
+        plan = self.plan(rehearse=not resume)
         if self.world.is_main:
             self._prepare(plan, resume)
         self.say(describe_plan(plan))
@@ -496,10 +498,17 @@ class _Job:
             return autoencoder.encode(images.to(self.device)).moments
 
         self.say("encoding the images to latents")
-        return tuple(  # type: ignore[return-value]
-            LatentCache.build(d, encode, self.folder / "latents" / split, autoencoder=autoencoder)
-            for split, d in (("train", self.data), ("validation", self.validation))
-        )
+        caches = []
+        for split, images in (("train", self.data), ("validation", self.validation)):
+            started = time.perf_counter()
+            with Progress(f"encoding {split}", len(images), quiet=self.quiet or not self.world.is_main) as bar:
+
+                def report(done: int, _: int, bar: Progress = bar, started: float = started) -> None:
+                    bar.update(done, done / max(time.perf_counter() - started, 1e-9))
+
+                place = self.folder / "latents" / split
+                caches.append(LatentCache.build(images, encode, place, autoencoder=autoencoder, progress=report))
+        return caches[0], caches[1]
 
     def sample_request(self, model: LatentDiffusion) -> Request:
         """The fixed request of the sample grids: prompts or classes of the recipe or the validation split."""

@@ -295,3 +295,29 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     with pytest.raises(DarkroomError, match="No space left"):
         t.save()
     assert sorted(p.name for p in t.checkpoints.iterdir()) == before
+
+
+class TwoPhases:
+    """A second phase whose loss is not finite at one step."""
+
+    def __init__(self, bad: set[int]) -> None:
+        one, two = Quadratic(), Quadratic(bad)
+        self.phases = [
+            Phase("one", one, list(one.parameters())),
+            Phase("two", two, list(two.parameters()), starts_at=1),
+        ]
+        self.modules = {"one": one, "two": two}
+        self.ema_modules = {"one": one}
+
+
+def test_a_skipped_step_changes_no_phase(tmp_path: Path) -> None:
+    step = TwoPhases(bad={2})
+    t = Trainer("stage", step, Source(), LoopConfig(steps=5, precision="float32"), tmp_path, quiet=True)
+    for expected in (False, False, True, False):
+        before = [p.clone() for phase in step.phases for p in phase.parameters]
+        skipped = "skipped" in t.run_step()
+        same = [torch.equal(a, b) for a, b in zip(before, (p for f in step.phases for p in f.parameters), strict=True)]
+        assert skipped == expected
+        # The second phase begins at step 1; apart from that every phase moves, or none does.
+        assert same == ([True, True] if skipped else [False, t.train_step == 0])
+        t.train_step += 1

@@ -66,7 +66,7 @@ def train(
 
     \b
       darkroom train drawings/ --minutes 30
-      darkroom train shapes-tiny --set denoiser.steps=60
+      darkroom train shapes-tiny --set steps=60
       darkroom train drawings/ --output runs/drawings --resume
     """
     if source is None and not (resume and output):

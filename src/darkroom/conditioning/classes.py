@@ -5,6 +5,7 @@ Shapes: B batch, D width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -69,7 +70,7 @@ class ClassEncoder(ConditionEncoder):
         """The number of a class, given its name or its number."""
         if isinstance(value, str) and value in self._index:
             return self._index[value]
-        if isinstance(value, str) and not value.lstrip("-").isdigit():
+        if isinstance(value, str) and not re.fullmatch("[0-9]{1,9}", value):
             near = get_close_matches(value, self.config.classes, n=3, cutoff=0.0)
             raise DarkroomError(f"unknown class {value!r}; the nearest are {', '.join(map(repr, near))}")
         count = len(self.config.classes)

@@ -5,7 +5,6 @@ Shapes: B batch, C latent channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,14 +45,20 @@ def batch_latent(
 class DenoiserPhase(nn.Module):
     """One forward for DDP: trains the denoiser and the trainable encoders of the conditioner together."""
 
-    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioner: Conditioner,
+        first_stage: FirstStage | None,
+        objective: ObjectiveConfig,
+    ) -> None:
         super().__init__()
         self.denoiser, self.conditioner, self.objective = denoiser, conditioner, objective
-        self.first_stage: Callable[[], FirstStage | None] = lambda: None  # set by DenoiserStep; not a submodule
+        self._frozen = (first_stage,)  # in a tuple it is no submodule: neither trained, averaged, nor saved here
 
     def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.denoiser.parameters()).device
-        x0 = batch_latent(batch, self.first_stage(), generator, device)
+        x0 = batch_latent(batch, self._frozen[0], generator, device)
         conditioning = self.conditioner(batch, generator)
         time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator)
         level = self.denoiser.schedule.level(time)
@@ -80,8 +85,7 @@ class DenoiserStep:
         )
         if first_stage is not None:
             first_stage.requires_grad_(False).eval()
-        module = DenoiserPhase(denoiser, conditioner, objective)
-        module.first_stage = lambda: first_stage
+        module = DenoiserPhase(denoiser, conditioner, first_stage, objective)
         self.phases = [Phase("denoiser", module, all_parameters([module]))]
         self.modules: dict[str, nn.Module] = {"denoiser": denoiser, "conditioner": conditioner}
         self.ema_modules = self.modules
@@ -104,9 +108,3 @@ class DenoiserStep:
                 per_time[j] += loss.float().tolist()
         means = [sum(v) / len(v) for v in per_time]
         return {"validation_loss": sum(means) / times}
-
-
-def freeze(modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in evaluation mode without gradients."""
-    for module in modules.values():
-        module.requires_grad_(False).eval()

@@ -177,49 +177,55 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def run_step(self) -> dict[str, float]:
-        """All phases of the current train step. Returns scalar metrics; {"skipped": 1} when a value was not finite."""
+        """All phases of the current train step. Returns scalar metrics; {"skipped": 1} when a value was not finite.
+
+        Every phase computes its gradients before any of them steps, so that a skipped step changes nothing at all.
+        """
         metrics: dict[str, float] = {}
-        micro_batches: list[Batch] = [
-            self.batches.batch_at(self.train_step, m) for m in range(self.config.accumulation)
-        ]
-        rate = learning_rate(self.config.optimizer, self.train_step, self.config.steps) * self.rate_scale
-        for phase in self.step.phases:
-            if self.train_step < phase.starts_at:
-                continue
-            optimizer, module = self.optimizers[phase.name], self.wrapped[phase.name]
+        config = self.config
+        micro_batches = [self.batches.batch_at(self.train_step, m) for m in range(config.accumulation)]
+        phases = [p for p in self.step.phases if self.train_step >= p.starts_at]
+        clip = math.inf if config.optimizer.gradient_clip is None else config.optimizer.gradient_clip
+        finite = True
+        for phase in phases:
+            self.optimizers[phase.name].zero_grad(set_to_none=True)
+            prefix = "" if phase is phases[0] else f"{phase.name}_"
+            for m, batch in enumerate(micro_batches):
+                loss, logs = self._backward(phase, m, batch)
+                finite = finite and math.isfinite(loss)
+                for name, log in [("loss", loss), *((k, float(v)) for k, v in logs.items())]:
+                    metrics[prefix + name] = metrics.get(prefix + name, 0.0) + log / len(micro_batches)
+            norm = float(nn.utils.clip_grad_norm_(phase.parameters, clip, foreach=True))
+            finite = finite and math.isfinite(norm)
+            metrics[prefix + "gradient_norm"] = norm
+        skip = any_rank(not finite, self.world, self.device)
+        rate = learning_rate(config.optimizer, self.train_step, config.steps) * self.rate_scale
+        for phase in phases:
+            optimizer = self.optimizers[phase.name]
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            if not skip:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            finite = True
-            for m, batch in enumerate(micro_batches):
-                last = m + 1 == len(micro_batches)
-                sync = contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync()  # type: ignore[operator]
-                with sync, self._autocast():
-                    self._seed_dropout(phase.name, m)
-                    generator = step_generator(
-                        self.config.seed, self.stage, self.train_step, phase.name, m, self.world.rank
-                    )
-                    loss, logs = module(batch, generator, self.train_step)
-                (loss / len(micro_batches)).backward()
-                value = float(mean_over_ranks(loss.detach(), self.world))
-                finite = finite and math.isfinite(value)
-                prefix = "" if phase is self.step.phases[0] else f"{phase.name}_"
-                for name, log in {"loss": value, **logs}.items():
-                    metrics[prefix + name] = metrics.get(prefix + name, 0.0) + float(log) / len(micro_batches)
-            clip = self.config.optimizer.gradient_clip
-            norm = nn.utils.clip_grad_norm_(phase.parameters, clip if clip is not None else math.inf, foreach=True)
-            finite = finite and math.isfinite(float(norm))
-            if any_rank(not finite, self.world, self.device):
-                optimizer.zero_grad(set_to_none=True)
-                return {"skipped": 1.0, "loss": metrics.get("loss", math.nan)}
-            prefix = "" if phase is self.step.phases[0] else f"{phase.name}_"
-            metrics[prefix + "gradient_norm"] = float(norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        if skip:
+            return {"skipped": 1.0, "loss": metrics["loss"]}
         if self.ema is not None:
             self.ema.update()
         metrics["learning_rate"] = rate
         return metrics
+
+    def _backward(self, phase: Phase, micro: int, batch: Batch) -> tuple[float, Mapping[str, Tensor]]:
+        """Add one micro-batch's share to the phase's gradients; gives its loss (mean over processes) and metrics."""
+        module, count = self.wrapped[phase.name], self.config.accumulation
+        alone = self.world.size == 1 or micro + 1 == count  # gradients travel with the last micro-batch only
+        with contextlib.nullcontext() if alone else module.no_sync():  # type: ignore[operator]
+            with self._autocast():
+                self._seed_dropout(phase.name, micro)
+                path = (self.stage, self.train_step, phase.name, micro, self.world.rank)
+                generator = step_generator(self.config.seed, *path)
+                loss, logs = module(batch, generator, self.train_step)
+            (loss / count).backward()
+        return float(mean_over_ranks(loss.detach(), self.world)), logs
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

@@ -56,16 +56,15 @@ class Progress:
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.first, note="")
         return self
 
-    def update(self, step: int, images_per_second: float, loss: float) -> None:
-        self.loss = loss if self.loss is None or loss != loss else 0.95 * self.loss + 0.05 * loss
+    def update(self, step: int, images_per_second: float, loss: float | None = None) -> None:
+        if loss is not None:
+            self.loss = loss if self.loss is None or loss != loss else 0.95 * self.loss + 0.05 * loss
         if self.quiet:
             return
         now = time.perf_counter()
         remaining = (now - self.started) / max(1, step - self.first) * (self.total - step)
-        note = (
-            f"{images_per_second:.0f} images/s  loss {self.loss:.4f}  "
-            f"{duration(remaining)} left  {memory_gib():.1f} GiB"
-        )
+        loss_text = "" if self.loss is None else f"loss {self.loss:.4f}  "
+        note = f"{images_per_second:.0f} images/s  {loss_text}{duration(remaining)} left  {memory_gib():.1f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)  # type: ignore[attr-defined]
         elif now - self.last_line >= self.PLAIN_INTERVAL or step == self.total:
