@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from darkroom.data.records import Record, read_parts, reason_of
+from darkroom.data.records import Record, label_by_folder, read_parts, reason_of
 from darkroom.data.sources import DataConfig, ShapesDataset
 
 SHAPES_LOOKED_AT = 256  # scenes of the procedural set, which has no end
@@ -43,6 +43,7 @@ def inspect_source(source: str, progress: Callable[[int, int], None] | None = No
     train, validation = read_parts(source)
     readings = [train] if validation is None else [train, validation]
     records = [record for reading in readings for record in reading.records]
+    label_by_folder(records)
     problems = [problem for reading in readings for problem in reading.problems]
     pictures: list[_Picture] = []
     good: list[Record] = []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from darkroom.data.records import Reading, Record, read_parts, read_whole, reason_of
+from darkroom.data.records import Reading, Record, label_by_folder, read_parts, read_whole, reason_of
 from darkroom.data.sources import DataConfig, ImageDataset
 from darkroom.data.transforms import RULE_VERSION, crop_box, crop_boxes, labels_to_network, to_network
 from darkroom.errors import DarkroomError
@@ -95,10 +95,7 @@ class PictureDataset(ImageDataset):
     def _keep(self, records: list[Record], names_from: list[Reading]) -> None:
         """Decide on the fields, number the classes, and leave out what lacks a needed field."""
         everything = [r for reading in names_from for r in reading.records]
-        folders = {r.folder for r in everything}
-        if all(r.label is None for r in everything) and None not in folders and len(folders) > 1:
-            for record in everything:
-                record.label = record.folder
+        label_by_folder(everything)
         count = len(records)
         has = {
             "text": sum(r.text is not None for r in records),

@@ -236,6 +236,14 @@ def _read_folder(folder: Path, reading: Reading) -> None:
         reading.problems += [(str(sheet / name), f"listed in {METADATA} but not there") for name in rows]
 
 
+def label_by_folder(records: list[Record]) -> None:
+    """Folders are classes where nothing else says what the classes are and every picture lies in one of several."""
+    folders = {r.folder for r in records}
+    if all(r.label is None for r in records) and None not in folders and len(folders) > 1:
+        for record in records:
+            record.label = record.folder
+
+
 def _read_metadata(path: Path, reading: Reading) -> dict[str, dict[str, Any]]:
     """Rows of a metadata.jsonl by file name. Lines that cannot be read are problems."""
     rows: dict[str, dict[str, Any]] = {}
