@@ -9,7 +9,7 @@
 #   make clean         removes build products and demo-output (not runs/)
 #
 # Variables: PYTHON=/path/to/python3.11   TORCH_INDEX=URL (where another torch build is)
-#            PROMPT="red apple"           (make demo: your own prompt)
+#            PROMPT="man scientist"         (make demo: your own prompt)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -70,7 +70,7 @@ demo: $(STAMP)
 	@if $(BIN)/python -c 'import darkroom, sys; sys.exit("emoji" not in darkroom.bundled())'; then \
 	    echo "== 1/2  pictures from the bundled model: darkroom generate -m emoji PROMPT"; \
 	    if [ -n "$(PROMPT)" ]; then set -- "$(PROMPT)"; \
-	    else set -- "red apple" "smiling cat" "rocket" "birthday cake" "red heart" "octopus"; fi; \
+	    else set -- "pilot" "man scientist" "woman teacher" "grinning face" "flag: Singapore" "keycap: 5"; fi; \
 	    for prompt in "$$@"; do \
 	        $(BIN)/darkroom generate -m emoji "$$prompt" --seed 0 -o "$(DEMO)/$${prompt//[^A-Za-z0-9]/-}.png"; \
 	    done; \

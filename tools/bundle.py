@@ -20,6 +20,10 @@ from darkroom.model_io import save
 from darkroom.report import model_card
 
 BUNDLED = Path(darkroom.__file__).parent / "bundled"
+SCORES = {
+    "first_stage_psnr": ("PSNR in dB", "mean over held-out images, posterior mode, averaged weights, [-1, 1] clamped"),
+    "denoiser_validation_loss": ("denoising loss", "held-out images, 8 fixed times and fixed noise, averaged weights"),
+}
 MOST_BYTES = {"first_stage": 8 * 2**20, "rest": 6 * 2**20}
 
 
@@ -68,7 +72,11 @@ def main() -> int:
             "steps": {
                 k.removesuffix("_steps"): v for k, v in summary.items() if k in ("first_stage_steps", "denoiser_steps")
             },
-            "scores": {k: v for k, v in summary.items() if k in ("first_stage_psnr", "denoiser_validation_loss")},
+            "scores": [
+                {"name": name, "value": summary[key], "protocol": protocol}
+                for key, (name, protocol) in SCORES.items()
+                if key in summary
+            ],
             "limits": args.note,
             "licence": "Apache-2.0",
         }
