@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from darkroom.networks import kernels
-from darkroom.networks.kernels import linear
+from darkroom.networks.kernels import attention, linear
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -197,7 +197,7 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         else:
             q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(3)
-        h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return x + from_tokens(pointwise(h.transpose(1, 2).flatten(2), self.proj_out), x)
 
 
@@ -226,7 +226,7 @@ class CrossAttention(nn.Module):
             context = x if context is None else context
             q, k, v = pointwise(x, self.to_q), pointwise(context, self.to_k), pointwise(context, self.to_v)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        h = attention(q, k, v, mask)
         projection, dropout = self.to_out
         assert isinstance(projection, nn.Linear)
         return dropout(pointwise(h.transpose(1, 2).flatten(2), projection))

@@ -85,6 +85,29 @@ def _pictures(rows: Tensor) -> Tensor:
     return rows.unflatten(0, (_IMAGES, -1)).unsqueeze(1).permute(0, 3, 1, 2)
 
 
+# Up to this many scores per head they fit the processor's cache, and writing them out costs little.
+_SMALL_SCORES = 256 * 256
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q (B, h, N, d), k and v (B, h, L, d) -> (B, h, N, d): softmax(q k^T / sqrt(d)) v.
+
+    mask (B, L) is True where a token may be seen. On a CPU torch's fused kernel is slow for short contexts, and its
+    backward pass in bfloat16 takes 3 to 15 times as long as plain matrix products.
+    """
+    scores = q.shape[2] * k.shape[2]
+    plain = scores <= _SMALL_SCORES and (q.dtype == torch.bfloat16 or k.shape[2] <= 32)
+    if q.device.type == "cpu" and plain:
+        weights = torch.matmul(q * q.shape[3] ** -0.5, k.transpose(-1, -2))
+        if mask is not None:
+            weights = weights.masked_fill(~mask[:, None, None, :], float("-inf"))
+        return torch.matmul(weights.softmax(-1), v)
+    seen = None if mask is None else mask[:, None, None, :]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=seen).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
 def group_norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:

@@ -9,12 +9,13 @@ Shapes: B batch, L tokens, D width, h heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
+from darkroom.networks.kernels import attention, linear
 
 
 @dataclass
@@ -52,9 +53,11 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        return self.to_out(h.transpose(1, 2).flatten(2))
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        qkv = linear(x, weight).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)
+        h = attention(q, k, v, mask)
+        return linear(h.transpose(1, 2).flatten(2), self.to_out.weight, self.to_out.bias)
 
 
 class FeedForward(nn.Module):
@@ -67,7 +70,9 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.net(x)
+        layers: Any = self.net
+        (inner, activation), dropout, outer = layers
+        return linear(dropout(activation(linear(x, inner.weight, inner.bias))), outer.weight, outer.bias)
 
 
 class _Layers(nn.Module):
