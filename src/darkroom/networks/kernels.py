@@ -1,6 +1,6 @@
-"""Two operations that cost more than they should, written so that they are fast on a CPU in `channels_last`.
+"""Operations that cost more on a CPU than they should, written so that they are fast there, in `channels_last`.
 
-Shapes: B batch, C channels, G groups, H W latent size, N tokens, M rows.
+Shapes: B batch, C channels, G groups, H W latent size, N tokens, M rows, L context tokens, h heads, d head width.
 """
 
 from __future__ import annotations
