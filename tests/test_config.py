@@ -72,10 +72,18 @@ def test_numbers_written_as_yaml_reads_them() -> None:
     assert isinstance(from_dict(Inner, {"rate": 1}).rate, float)
 
 
-def test_merge_replaces_lists_and_null_deletes() -> None:
+def test_merge_replaces_lists_and_leaves_its_arguments_alone() -> None:
     base = {"a": {"x": 1, "y": [1, 2]}, "b": 3}
-    assert merge(base, {"a": {"y": [9], "x": None}, "b": None}) == {"a": {"y": [9]}}
+    assert merge(base, {"a": {"y": [9], "x": None}, "b": None}) == {"a": {"x": None, "y": [9]}, "b": None}
     assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 3}
+
+
+def test_null_is_off_where_that_exists_and_the_default_elsewhere() -> None:
+    base = {"steps": 2, "inner": {"rate": 0.1, "pet": {"kind": "dog"}}, "names": {"a": {"kind": "cat"}}}
+    off = merge(base, {"inner": {"rate": None, "pet": None}, "names": {"a": None, "b": {"kind": "dog"}}})
+    assert from_dict(Outer, off) == Outer(2, Inner(0.5, pet=None), {"b": Dog()})
+    with pytest.raises(DarkroomError, match='missing key "steps"'):
+        from_dict(Outer, merge(base, {"steps": None}))
 
 
 def test_overrides_set_dotted_keys_without_touching_the_original() -> None:

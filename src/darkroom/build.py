@@ -68,7 +68,9 @@ def build_encoder(
             dropout=config.dropout,
         )
     )
-    return TextEncoder(tower, tokenizer, config.length, config.drop_rate, config.use_mask, config.field)
+    return TextEncoder(
+        tower, tokenizer, config.length, config.drop_rate, config.use_mask, config.field, pooled=config.pooled
+    )
 
 
 def build_conditioner(config: Mapping[str, Any]) -> Conditioner:
@@ -122,11 +124,16 @@ def denoiser_config(
 
     `stated` is the recipe's own `denoiser.network` mapping: a width that it states and that differs is an error.
     """
+    network = config.network
     derived: dict[str, Any] = {
-        "in_channels": latent_channels,
+        "in_channels": latent_channels + conditioner.concat_channels,
         "out_channels": latent_channels,
         "context_dim": conditioner.context_dim,
         "use_spatial_transformer": conditioner.context_dim is not None,
+        "adm_in_channels": conditioner.vector_dim,
+        # A kind of embedding ("sequential") is a choice, a number of classes follows.
+        "num_classes": conditioner.label_count
+        or (network.num_classes if isinstance(network.num_classes, str) else None),
     }
     for key, value in derived.items():
         if key in stated and stated[key] != value:

@@ -36,6 +36,8 @@ def _hints(cls: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `data`. `where` is the dotted path that error messages name.
 
+    None turns a setting off where it can be off, takes an entry out of a mapping, and otherwise means the default.
+
     Raises DarkroomError for unknown keys (with the nearest known one), wrong types and missing values.
     """
     if not isinstance(data, Mapping):
@@ -48,11 +50,17 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         path = f"{where}.{key}" if where else str(key)
         if key not in fields:
             raise DarkroomError(f'unknown key "{path}"{nearest(str(key), fields)}')
+        if value is None and not _takes_none(hints[key]):
+            continue  # cannot be off: its default
         values[key] = _convert(hints[key], value, path)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise DarkroomError(f'missing key "{where + "." if where else ""}{name}"')
     return cls(**values)
+
+
+def _takes_none(hint: Any) -> bool:
+    return hint is Any or hint is type(None) or type(None) in get_args(hint)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -79,7 +87,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise DarkroomError(f'"{path}" is a mapping, got {value!r}')
-        return {_convert(args[0], k, path): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+        kept = {k: v for k, v in value.items() if v is not None or _takes_none(args[1])}
+        return {_convert(args[0], k, path): _convert(args[1], v, f"{path}.{k}") for k, v in kept.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
@@ -134,12 +143,10 @@ def to_dict(config: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` laid over `base`: mappings merge, everything else is replaced, and None deletes the key."""
+    """`change` laid over `base`: mappings merge, everything else is replaced. None replaces too: see `from_dict`."""
     result = copy.deepcopy(dict(base))
     for key, value in change.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
             result[key] = merge(result[key], value)
         else:
             result[key] = copy.deepcopy(value)

@@ -81,7 +81,7 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
     settings["conditioner"] = conditioner
     settings["name"] = Path(source).name.split(".")[0] or "images"
     settings["description"] = f"Made by `darkroom train {Path(source).name}`."
-    settings["data"] = merge(settings.get("data", {}), {"source": source, **data})
+    settings["data"] = merge(settings.get("data") or {}, {"source": source, **data})
     return settings
 
 

@@ -8,6 +8,7 @@ A run folder that was interrupted anywhere continues with `resume=True` where it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -41,7 +42,7 @@ from darkroom.safe_files import read_json, write_file
 from darkroom.solvers import SOLVERS
 from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.denoiser_step import DenoiserStep
-from darkroom.training.distributed import World, join_world
+from darkroom.training.distributed import World, join_world, of_first_rank
 from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
 from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result, step_generator
 from darkroom.training.progress import Progress, duration
@@ -49,7 +50,7 @@ from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
-DERIVED_WIDTHS = ("in_channels", "out_channels", "context_dim")  # of denoiser.network
+DERIVED_WIDTHS = ("in_channels", "out_channels", "context_dim", "adm_in_channels", "num_classes")  # of denoiser.network
 SMALL_SET = 2000  # images below which a model of this kind repeats its training pictures
 
 
@@ -80,6 +81,7 @@ def train(
     dry_run: bool = False,
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
+    threads: int | None = None,
     quiet: bool = False,
 ) -> Run:
     """Train a latent diffusion model.
@@ -92,9 +94,12 @@ def train(
     first_stage: a model whose first stage to take instead of training one.
     minutes: time budget of both stages together; it is turned into steps once, at the start.
     overrides: dotted recipe keys, {"steps": 500, "optimizer.learning_rate": 1e-4}.
+    threads: of the CPU. A resumed run is equal to the last bit only with as many as it was begun with.
 
     Raises DarkroomError for anything a user can mend.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     folder = Path(output)
     changes = dict(overrides or {})
     stated: Mapping[str, Any] = {}
@@ -110,7 +115,7 @@ def train(
         recipe, stated = _new_recipe(source, data, seed, changes, first_stage, init_from, minutes)
     job = _Job(recipe, folder, device=device, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
-        job.recipe = fit_minutes(job.recipe, job.plan(measure=True), minutes)
+        job.recipe = of_first_rank(fit_minutes(job.recipe, job.plan(measure=True), minutes), job.world)
     if dry_run:
         plan = job.plan(measure=True)
         print(describe_plan(plan), flush=True)
@@ -141,8 +146,8 @@ def _new_recipe(
         settings = read_recipe(find_recipe(text))
         root = os.environ.get("DARKROOM_DATA")
         if data is not None:
-            settings["data"] = found_at(settings.get("data", {}), str(data))
-        elif root and (moved := _under_root(settings.get("data", {}), root)):
+            settings["data"] = found_at(settings.get("data") or {}, str(data))
+        elif root and (moved := _under_root(settings.get("data") or {}, root)):
             settings["data"] = moved
     else:
         settings = automatic_recipe(str(data or text), minutes, with_overrides({}, changes).get("data", {}))
@@ -359,10 +364,10 @@ class _Job:
         )
 
     def _validation_batches(self, dataset: Any, batch_size: int = 32) -> list[dict[str, Any]]:
-        count = min(VALIDATION_IMAGES, len(dataset))
+        chosen = spread(len(dataset), VALIDATION_IMAGES)
         return [
-            collate([dataset[i] for i in range(first, min(first + batch_size, count))])
-            for first in range(0, count, batch_size)
+            collate([dataset[i] for i in chosen[first : first + batch_size]])
+            for first in range(0, len(chosen), batch_size)
         ]
 
     def first_stage_stage(self, resume: bool) -> tuple[FirstStage | None, LoopResult | None]:
@@ -400,8 +405,9 @@ class _Job:
                 path = self.folder / "samples" / f"first_stage-{train_step:06d}.png"
                 write_image(image_grid(to_uint8(rows), columns=shown.shape[0]), path)
 
-        trainer = self._trainer("first_stage", step, self._batches(self.data, config), config, Hooks(validate, sample))
-        result = trainer.run(resume)
+        with contextlib.closing(self._batches(self.data, config)) as source:
+            trainer = self._trainer("first_stage", step, source, config, Hooks(validate, sample))
+            result = trainer.run(resume)
         if result.interrupted:
             return first_stage, result
         if trainer.ema is not None:
@@ -409,9 +415,9 @@ class _Job:
         first_stage.to(self.device).eval()
         if config.objective.train_encoder or config.init_from is None:
             self.say("measuring the latents")
-            count = min(len(self.data), MEASURED_IMAGES)
-            spread = [i * len(self.data) // count for i in range(count)]  # folders often lie class by class
-            images = (collate([self.data[i] for i in spread[k : k + 64]])["image"] for k in range(0, count, 64))
+            chosen = spread(len(self.data), MEASURED_IMAGES)
+            parts = (chosen[k : k + 64] for k in range(0, len(chosen), 64))
+            images = (collate([self.data[i] for i in part])["image"] for part in parts)
             first_stage.measure(images, step_generator(config.seed, "measure"))
         result.last.update(validate(result.steps))
         if self.world.is_main:
@@ -446,8 +452,9 @@ class _Job:
                 captions = request.prompts or [str(label) for label in request.class_labels or []]
                 write_png(path, image_grid(images), {"captions": json.dumps(captions)})
 
-        trainer = self._trainer("denoiser", step, self._batches(dataset, recipe), recipe, Hooks(validate, sample))
-        result = trainer.run(resume)
+        with contextlib.closing(self._batches(dataset, recipe)) as source:
+            trainer = self._trainer("denoiser", step, source, recipe, Hooks(validate, sample))
+            result = trainer.run(resume)
         live = None
         if trainer.ema is not None and not result.interrupted:
             live = {name: _clone_state(module) for name, module in step.modules.items()}
@@ -587,6 +594,12 @@ class _Job:
             _write_json(self.folder / "summary.json", summary)
             self.say(f"stopped; go on with: darkroom train --resume --output {self.folder}")
         return Run(self.folder, None, None, summary)
+
+
+def spread(length: int, most: int) -> list[int]:
+    """At most so many indices, evenly over the whole: folders often lie class by class."""
+    count = min(length, most)
+    return [i * length // count for i in range(count)]
 
 
 def data_names(source: str | list[str]) -> list[str]:

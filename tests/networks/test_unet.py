@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
 from darkroom.networks.blocks import AttentionBlock, ResBlock, SpatialTransformer, timestep_embedding
-from darkroom.networks.unet import UNet, UNetConfig
+from darkroom.networks.unet import UNet, UNetConfig, position_features
 
 OPTIONS = {f.name for f in fields(UNetConfig)}
 # Entries of official configs that are no property of the network: sizes of the data set, precision of the run.
@@ -223,6 +224,59 @@ def test_bfloat16() -> None:
         assert (result - expected).norm() / expected.norm() < 0.03
 
 
+# ---- where a place lies
+
+
+def test_position_features_are_the_formula() -> None:
+    height, width, octaves = 3, 5, 3
+    features = position_features(height, width, octaves)[0]
+    assert features.shape == (4 * octaves, height, width)
+    expected = []
+    for k in range(octaves):
+        for axis, count in ((0, height), (1, width)):
+            for f in (math.sin, math.cos):
+                place = lambda i, n: (i + 0.5) / n - 0.5  # noqa: E731
+                period = 2.0 ** (2 - k)  # in picture sides
+                values = [
+                    [f(2 * math.pi / period * place((y, x)[axis], count)) for x in range(width)] for y in range(height)
+                ]
+                expected.append(torch.tensor(values))
+    torch.testing.assert_close(features, torch.stack(expected))
+
+
+def test_left_is_left_at_every_size() -> None:
+    small_map, large = position_features(4, 4), position_features(8, 8)
+    pooled = torch.nn.functional.avg_pool2d(large, 2)
+    assert (pooled - small_map).abs().max() < 0.25  # the mean over a place is about the value at its centre
+    columns = position_features(6, 9)[0].flatten(0, 1).T  # every column of places is told from the others
+    assert len({tuple(c.tolist()) for c in columns}) == 9
+
+
+def test_position_embedding_tells_places_apart() -> None:
+    """On a constant input only the border differs without it; with it the two halves do."""
+    x, time = torch.zeros(1, 4, 16, 16), torch.tensor([500.0])
+    plain, with_places = (
+        small(position_embedding=on, channel_mult=(1,), attention_resolutions=()) for on in (False, True)
+    )
+    centre = slice(7, 9)
+
+    def contrast(network: UNet) -> float:
+        h = network.input_blocks[0][0](x)
+        if network.position_embed is not None:
+            h = h + network.position_embed(position_features(16, 16))
+        return float((h[0, :, centre, 4] - h[0, :, centre, 11]).detach().abs().max())
+
+    assert contrast(plain) == 0.0 and contrast(with_places) > 1e-2
+    # The output depends on it, and nothing else about the parameters changed.
+    extra = set(dict(with_places.named_parameters())) - set(dict(plain.named_parameters()))
+    assert extra == {"position_embed.weight"}
+    with_places.load_state_dict(plain.state_dict(), strict=False)
+    assert not torch.equal(plain(x, time), with_places(x, time))
+    with torch.no_grad():
+        with_places.position_embed.weight.zero_()
+    assert torch.equal(plain(x, time), with_places(x, time))
+
+
 # ---- training
 
 
@@ -241,6 +295,7 @@ FULL = {
     "adm_in_channels": 6,
     "in_channels": 6,
     "use_scale_shift_norm": True,
+    "position_embedding": True,
 }
 
 

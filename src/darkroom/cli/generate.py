@@ -238,7 +238,7 @@ def _load(given: Given) -> LatentDiffusion:
     model = load(given.model or DEFAULT_MODEL, device=given.device)
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(f"{given.model} is a first stage only; it cannot generate by itself")
-    if model.first_stage is None:
+    if model.first_stage is None and model.latent_channels not in (1, 3):  # not a model of pixels either
         raise DarkroomError(f"{given.model} has no first stage, so its latents cannot be turned into images")
     return model
 

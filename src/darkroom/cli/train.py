@@ -44,6 +44,8 @@ def run_name(source: str) -> str:
 @click.option("--first-stage", metavar="MODEL", help="Use this model's first stage instead of training one.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time budget; sizes and steps fit it.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, memory and hours, then stop.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe (repeatable)."
 )
@@ -57,6 +59,8 @@ def train(
     first_stage: str | None,
     minutes: float | None,
     dry_run: bool,
+    device: str,
+    threads: int | None,
     settings: tuple[str, ...],
 ) -> int:
     """Train both stages, from images to a model folder with samples and a report.
@@ -87,5 +91,7 @@ def train(
         minutes=minutes,
         dry_run=dry_run,
         overrides=overrides,
+        device=device,
+        threads=threads,
     )
     return 130 if result.interrupted else 0

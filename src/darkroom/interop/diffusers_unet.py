@@ -299,6 +299,7 @@ def _refuse_what_diffusers_lacks(config: UNetConfig) -> None:
         (c.resblock_updown, "resblock_updown"),
         (not c.conv_resample, "resampling without a convolution"),
         (c.disable_middle_self_attn, "a middle block without self-attention (disable_middle_self_attn)"),
+        (c.position_embedding, "position_embedding"),
         (label_and_vector, "a label and a vector at once"),
         (len(groups) > 1, f"norms of {' and '.join(map(str, sorted(groups)))} groups in one network"),
     ):

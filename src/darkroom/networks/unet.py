@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W latent size, L context tokens, D context width,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -70,6 +71,9 @@ class UNetConfig:
     legacy:                 the official switch for how head widths follow; False in Stable Diffusion
     disable_self_attentions: per level: the first attention reads the context too (x4 upscaler of SD 2)
     use_checkpoint:         compute activations twice to save memory in training
+    position_embedding:     tell every place where it lies in the picture (ours; off in the official models). Without it
+                            a place is known only by its distance to zero padding, and small networks are slow to learn
+                            what a caption says about left and right
     """
 
     in_channels: int = 4
@@ -96,6 +100,7 @@ class UNetConfig:
     disable_middle_self_attn: bool = False
     dropout: float = 0.0
     use_checkpoint: bool = False
+    position_embedding: bool = False
 
     def __post_init__(self) -> None:
         self.channel_mult = tuple(self.channel_mult)
@@ -174,6 +179,15 @@ class Stage(nn.ModuleList):
         return x
 
 
+def position_features(height: int, width: int, octaves: int = 3) -> Tensor:
+    """(1, 4 * octaves, H, W) float32: sine and cosine of the centre of each place along both axes, in periods of 4, 2,
+    1, ... picture sides. Relative to the picture, so that "left" means the same at every size."""
+    rows, columns = ((torch.arange(n, dtype=torch.float32) + 0.5) / n - 0.5 for n in (height, width))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [2 ** (k - 1) * math.pi * axis for k in range(octaves) for axis in (y, x)]
+    return torch.stack([f(a) for a in angles for f in (torch.sin, torch.cos)])[None]
+
+
 def _embedding_mlp(width: int, out_width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, out_width), nn.SiLU(), nn.Linear(out_width, out_width))
 
@@ -225,6 +239,8 @@ class UNet(nn.Module):
         levels = len(c.channel_mult)
         channels = width
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
+        # Bias-free: without it a checkpoint is the official one.
+        self.position_embed = nn.Conv2d(12, width, 1, bias=False) if c.position_embedding else None
         skips = [width]
         for level, mult in enumerate(c.channel_mult):
             for _ in range(c.res_blocks(level)):
@@ -280,8 +296,10 @@ class UNet(nn.Module):
         # Layers keep this layout from here on.
         h = h.to(dtype).contiguous(memory_format=torch.channels_last)
         skips = []
-        for stage in self.input_blocks:
+        for index, stage in enumerate(self.input_blocks):
             h = stage(h, emb, context, mask)
+            if index == 0 and self.position_embed is not None:
+                h = h + self.position_embed(position_features(*h.shape[2:]).to(h))
             skips.append(h)
         h = self.middle_block(h, emb, context, mask)
         # Each stage also learns the size of the skip that its result will be joined to: odd sizes survive that way.

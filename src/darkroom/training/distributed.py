@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ def join_world() -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    if torch.cuda.is_available():  # one GPU for each process: "cuda" without a number means this one from here on
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -36,6 +41,15 @@ def wrap(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def of_first_rank(value: T, world: World) -> T:
+    """The first process's value everywhere: what is measured or chosen by chance must not differ between ranks."""
+    if world.size == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
 
 
 def any_rank(flag: bool, world: World, device: torch.device) -> bool:

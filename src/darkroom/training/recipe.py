@@ -1,6 +1,7 @@
 """Recipes: small YAML files that say what differs from the defaults, read strictly.
 
-base        another recipe (name, or path beside this file) that this one changes; mappings merge, null deletes
+base        another recipe (name, or path beside this file) that this one changes; mappings merge; null switches a
+            setting off, takes an entry out of a mapping, and where neither makes sense means the default
 data        where the images are and what is made of them (DataConfig)
 first_stage one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none of them: pixels (f1)
 denoiser    network, noise schedule and prediction type
