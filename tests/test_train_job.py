@@ -308,6 +308,38 @@ def test_pictures_that_cannot_be_read_are_listed_also_when_found_late(run: Path,
     assert json.loads((copy / "data.json").read_text())["problems"] == [["late.png", "truncated"]]
 
 
+def test_a_model_of_pixels_trains_and_generates(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from darkroom.cli.main import main
+
+    overrides = {"first_stage.train": None, "steps": 3, "evaluate.samples": 2}
+    folder = train("shapes-tiny", tmp_path / "run", overrides=overrides, quiet=True).model
+    assert folder is not None and darkroom.load(folder).first_stage is None
+    arguments = ["generate", "a red circle", "-m", str(folder), "--steps", "2", "-o", str(tmp_path / "a.png")]
+    assert main(arguments) == 0, capfd.readouterr().err
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (32, 32) and image.mode == "RGB"
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """As torchrun starts them: both stages run, one folder is written, and its weights are those of both."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "darkroom", "train", "shapes-tiny", "-o", str(folder)]
+    for key, value in {"steps": 4, "first_stage.train.steps": 4, "data.count": 32, "batch_size": 4}.items():
+        command += ["--set", f"{key}={value}"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((folder / "summary.json").read_text())["processes"] == 2
+    assert [r["images_seen"] for r in losses(folder) if r["stage"] == "denoiser"][-1] == 4 * 4 * 2
+    assert darkroom.load(folder / "model").generate("a red circle", steps=2).images.shape == (1, 32, 32, 3)
+
+
+def test_overrides_of_what_a_model_brings_are_refused(run: Path, tmp_path: Path) -> None:
+    overrides = {"conditioner.text.drop_rate": 0.5}
+    with pytest.raises(DarkroomError, match=r'leave out --set "conditioner.text.drop_rate"'):
+        train("shapes-tiny", tmp_path / "new", init_from=run / "model", overrides=overrides, quiet=True)
+
+
 def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("shapes-tiny", tmp_path / "run", dry_run=True)
     output = capsys.readouterr().out
@@ -402,7 +434,9 @@ def test_crops_end_where_the_recipe_says(tmp_path: Path) -> None:
 
 def test_a_plan_fits_its_minutes() -> None:
     """Twice the minutes are twice the steps, and the parts of the first stage keep their share of it."""
-    from darkroom.plan import Plan, StagePlan, fit_minutes
+    from dataclasses import replace
+
+    from darkroom.plan import Plan, StagePlan, with_times
 
     recipe = resolve(read_recipe(recipe_names()["auto-128"]))
     assert recipe.first_stage.train is not None
@@ -412,5 +446,12 @@ def test_a_plan_fits_its_minutes() -> None:
     assert one.steps == 10 * 60 * 0.65 / 0.25 and two.steps == 2 * one.steps
     first, second = one.first_stage.train, two.first_stage.train
     assert first is not None and second is not None and second.steps == 2 * first.steps
+    half = fit_minutes(recipe, plan, 10, fixed={"steps": 600})  # recipe.steps of 0.25 s were planned as one step
+    assert half.steps == recipe.steps and half.first_stage.train is not None
+    assert half.first_stage.train.steps == int((10 * 60 - 0.25) / 0.5)
+    rest = fit_minutes(recipe, plan, 10, fixed={"first_stage.train.steps": 1})
+    assert rest.first_stage == recipe.first_stage and rest.steps == int((10 * 60 - 0.5) / 0.25)
     share = recipe.first_stage.train.objective.discriminator_start / recipe.first_stage.train.steps
     assert first.objective.discriminator_start / first.steps == pytest.approx(share, rel=0.01)
+    timed = with_times(replace(plan, denoiser=StagePlan(7, 1, 1)), plan)
+    assert timed.denoiser == StagePlan(7, 1, 1, 0.25, 1.0) and timed.first_stage == stages[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
 from darkroom.config import from_dict, merge, to_dict
+from darkroom.data.inspection import glimpse
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import nearest_sizes
@@ -31,7 +32,8 @@ from darkroom.training.progress import duration, memory_gib
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe
 
 FIRST_STAGE_SHARE = 0.35  # of a time budget; reconstructions are good long before samples are
-TIMED_STEPS = 3
+TIMED_PLACES = 4  # in the course of a stage
+TIMED_STEPS = 2  # at each of them, after one that warms up
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,22 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
     """Recipe settings for a folder or tar of images: resolution, f, conditioning and sizes for this machine and budget.
 
     Captions win over classes, classes over nothing. Below three hours on a CPU, images become 64x64 with f = 4; with
-    more time or a GPU 128x128 with f = 8. `data` holds settings that the caller fixed.
+    more time or a GPU 128x128 with f = 8; but not larger than they are, in steps of 32, 64, 128. Images without colour
+    are trained with one channel. `data` holds settings that the caller fixed.
     """
     found = open_dataset(from_dict(DataConfig, {"source": source, **data}, "data"))
-    large = torch.cuda.is_available() or (minutes is not None and minutes >= 180)
-    settings = read_recipe(find_recipe("auto-128" if large else "auto-64"))
+    look = None if found.config.is_shapes else glimpse(source)
+    limit = 128 if torch.cuda.is_available() or (minutes is not None and minutes >= 180) else 64
+    if look is not None:
+        limit = max([side for side in (32, 64, 128) if side <= min(limit, look.short_side)], default=32)
+    settings = read_recipe(find_recipe("auto-128" if limit == 128 else "auto-64"))
+    chosen: dict[str, Any] = {"source": source, "size": limit}
+    if look is not None and look.grey:
+        chosen["channels"] = 1
+    chosen |= data
+    if chosen.get("channels") == 1:
+        autoencoder = {"in_channels": 1, "out_channels": 1}
+        settings = merge(settings, {"first_stage": {"train": {"autoencoder": autoencoder}}})
     conditioner: dict[str, Any] = {}
     if "text" in found.fields:
         conditioner["text"] = settings["conditioner"]["text"]
@@ -81,7 +94,7 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
     settings["conditioner"] = conditioner
     settings["name"] = Path(source).name.split(".")[0] or "images"
     settings["description"] = f"Made by `darkroom train {Path(source).name}`."
-    settings["data"] = merge(settings.get("data") or {}, {"source": source, **data})
+    settings["data"] = merge(settings.get("data") or {}, chosen)
     return settings
 
 
@@ -220,38 +233,64 @@ class Planner:
         return batches
 
     def _time(self, config: LoopConfig, step: Any) -> dict[str, Any]:
+        """Mean seconds of a step over the whole stage, because steps differ: crops first, the discriminator later."""
         batches = self._random_batches(step, config)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer("plan", step, batches, config, Path(folder), device=self.device, quiet=True)
-            # The last step is the dearest (discriminator if it ever starts, whole images): a budget must hold with it.
-            trainer.train_step = max(0, config.steps - 1)
-            seconds = []
-            for _ in range(TIMED_STEPS + 1):
-                started = time.perf_counter()
-                trainer.run_step()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - started)
+            means = []
+            for part in range(TIMED_PLACES):
+                trainer.train_step = config.steps * (2 * part + 1) // (2 * TIMED_PLACES)
+                seconds = []
+                for _ in range(TIMED_STEPS + 1):
+                    started = time.perf_counter()
+                    trainer.run_step()
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds.append(time.perf_counter() - started)
+                means.append(statistics.median(seconds[1:]))
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else memory_gib()
-        return {"seconds_per_step": statistics.median(seconds[1:]), "memory_gib": memory}
+        return {"seconds_per_step": statistics.mean(means), "memory_gib": memory}
 
 
-def fit_minutes(recipe: Recipe, plan: Plan, minutes: float) -> Recipe:
-    """The recipe with the steps of both stages set so that they fill `minutes`, given a measured plan."""
-    share = 0.0
-    if plan.first_stage is not None and recipe.first_stage.train is not None:
-        assert plan.first_stage.seconds_per_step is not None
-        share = FIRST_STAGE_SHARE if recipe.steps > 0 else 1.0  # `steps: 0` trains a first stage alone
-        steps = max(1, int(minutes * 60 * share / plan.first_stage.seconds_per_step))
-        train = _with_steps(recipe.first_stage.train, steps)
-        factor = steps / max(1, recipe.first_stage.train.steps)
-        train = replace(train, objective=_with_starts(train.objective, factor))
-        recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
-    if recipe.steps == 0:
+def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[str] = ()) -> Recipe:
+    """The recipe with the steps of both stages set so that they fill `minutes`, given a measured plan.
+
+    fixed: "steps" or "first_stage.train.steps" that someone has stated: they stay, and the other stage gets the rest.
+    """
+    left = minutes * 60
+    train, first, second = recipe.first_stage.train, plan.first_stage, plan.denoiser
+    if second.seconds is not None and "steps" in fixed:
+        left -= second.seconds
+    if train is not None:
+        assert first is not None and first.seconds_per_step is not None
+        if "first_stage.train.steps" in fixed:
+            left -= first.steps * first.seconds_per_step
+        else:
+            # `steps: 0` trains a first stage alone.
+            share = FIRST_STAGE_SHARE if recipe.steps > 0 and "steps" not in fixed else 1.0
+            steps = max(1, int(left * share / first.seconds_per_step))
+            left *= 1 - share
+            factor = steps / max(1, train.steps)
+            train = _with_steps(train, steps)
+            train = replace(train, objective=_with_starts(train.objective, factor))
+            recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
+    if recipe.steps == 0 or "steps" in fixed:
         return recipe
-    assert plan.denoiser.seconds_per_step is not None
-    steps = max(1, int(minutes * 60 * (1 - share) / plan.denoiser.seconds_per_step))
-    return _with_steps(recipe, steps)
+    assert second.seconds_per_step is not None
+    return _with_steps(recipe, max(1, int(left / second.seconds_per_step)))
+
+
+def with_times(plan: Plan, measured: Plan) -> Plan:
+    """The plan with the seconds per step and the memory of one that was measured."""
+
+    def stage(new: StagePlan | None, old: StagePlan | None) -> StagePlan | None:
+        if new is None or old is None:
+            return new
+        return replace(new, seconds_per_step=old.seconds_per_step, memory_gib=old.memory_gib)
+
+    denoiser = stage(plan.denoiser, measured.denoiser)
+    assert denoiser is not None
+    return replace(plan, first_stage=stage(plan.first_stage, measured.first_stage), denoiser=denoiser)
 
 
 def _with_steps(config: Any, steps: int) -> Any:

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -36,7 +36,7 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
 from darkroom.model_io import load, load_first_stage, save, select_device
-from darkroom.plan import Plan, Planner, automatic_recipe, describe_plan, fit_minutes
+from darkroom.plan import Plan, Planner, automatic_recipe, describe_plan, fit_minutes, with_times
 from darkroom.report import model_card, write_report
 from darkroom.safe_files import read_json, write_file
 from darkroom.solvers import SOLVERS
@@ -46,7 +46,7 @@ from darkroom.training.distributed import World, join_world, of_first_rank
 from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
 from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result, step_generator
 from darkroom.training.progress import Progress, duration
-from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
+from darkroom.training.recipe import FirstStageChoice, Recipe, find_recipe, read_recipe, resolve
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
@@ -115,9 +115,10 @@ def train(
         recipe, stated = _new_recipe(source, data, seed, changes, first_stage, init_from, minutes)
     job = _Job(recipe, folder, device=device, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
-        job.recipe = of_first_rank(fit_minutes(job.recipe, job.plan(measure=True), minutes), job.world)
+        job.measured = of_first_rank(job.plan(measure=True), job.world)
+        job.recipe = fit_minutes(job.recipe, job.measured, minutes, fixed=changes)
     if dry_run:
-        plan = job.plan(measure=True)
+        plan = job.plan(measure=True) if job.measured is None else with_times(job.plan(), job.measured)
         print(describe_plan(plan), flush=True)
         return Run(folder, None, None, {"plan": to_dict(plan)})
     return job.run(resume)
@@ -155,6 +156,9 @@ def _new_recipe(
         settings["first_stage"] = {"path": str(first_stage)}
     if init_from is not None:
         settings |= _parts_of_model(str(init_from))
+        kept = next((key for key in changes if key.split(".")[0] in ("denoiser", "conditioner")), None)
+        if kept is not None:
+            raise DarkroomError(f'--init-from keeps its model\'s denoiser and conditioner: leave out --set "{kept}"')
     if seed is not None:
         settings["seed"] = seed
         if (settings.get("first_stage") or {}).get("train"):
@@ -240,6 +244,7 @@ class _Job:
         self.started = time.perf_counter()
         self.data = open_dataset(recipe.data, "train")
         self.validation = open_dataset(recipe.data, "validation")
+        self.measured: Plan | None = None  # with seconds per step, when a time budget needed them
         self.warnings: list[str] = []
         if len(self.data) < SMALL_SET:
             self.warnings.append(
@@ -264,6 +269,8 @@ class _Job:
 
     def run(self, resume: bool) -> Run:
         plan = self.plan(rehearse=not resume)
+        if self.measured is not None:
+            plan = with_times(plan, self.measured)
         if self.world.is_main:
             self._prepare(plan, resume)
         self.say(describe_plan(plan))
@@ -432,7 +439,7 @@ class _Job:
         torch.manual_seed(recipe.seed)
         denoiser, conditioner = self._build_denoiser(first_stage)
         step = DenoiserStep(denoiser, conditioner, first_stage, recipe.objective)
-        dataset, validation = self._latents(first_stage)
+        dataset, validation = self._latents(first_stage, conditioner.fields)
         batches = self._validation_batches(validation)
         model = LatentDiffusion(first_stage, denoiser, conditioner, self._model_info({}))
         for module in (denoiser, conditioner):
@@ -495,8 +502,8 @@ class _Job:
                     "the data's; name the class folders alike, or train without --init-from"
                 )
 
-    def _latents(self, first_stage: FirstStage | None) -> tuple[Any, Any]:
-        """The two splits as cached posterior moments; the images themselves for pixel models."""
+    def _latents(self, first_stage: FirstStage | None, wanted: Collection[str]) -> tuple[Any, Any]:
+        """The two splits as cached posterior moments and the wanted fields; the images themselves for pixel models."""
         if first_stage is None:
             return self.data, self.validation
         autoencoder = first_stage.autoencoder.eval()
@@ -514,7 +521,9 @@ class _Job:
                     bar.update(done, done / max(time.perf_counter() - started, 1e-9))
 
                 place = self.folder / "latents" / split
-                caches.append(LatentCache.build(images, encode, place, autoencoder=autoencoder, progress=report))
+                caches.append(
+                    LatentCache.build(images, encode, place, autoencoder=autoencoder, wanted=wanted, progress=report)
+                )
         return caches[0], caches[1]
 
     def sample_request(self, model: LatentDiffusion) -> Request:
@@ -557,6 +566,7 @@ class _Job:
                 "guidance_scale": evaluate.guidance_scale,
                 "size": [width, height],
             },
+            "pixels": self.recipe.first_stage == FirstStageChoice(),  # no first stage because none is needed
             "data": self.data.describe() | {"source": data_names(self.recipe.data.source)},
             "training": dict(summary),
         }

@@ -318,6 +318,19 @@ def test_decoding_on_access_gives_the_same(tmp_path: Path) -> None:
         assert {k: v for k, v in one.items() if k != "image"} == later.without_image(i) == at_once.without_image(i)
 
 
+def test_wanted_fields_are_those_of_the_example(tmp_path: Path) -> None:
+    shapes = open_dataset(DataConfig("shapes", size=32, count=4))
+    write_shard(tmp_path / "s.tar", members(range(4)))
+    pictures = open_dataset(DataConfig(str(tmp_path / "s.tar"), size=8, validation=0.0))
+    for data in (shapes, pictures):
+        example = data[3]
+        for wanted in ([], ["text"], ["class_label", "text"], list(example)):
+            found = data.without_image(3, wanted)
+            assert set(found) == set(wanted) & set(example) - {"image"}
+            for name, value in found.items():
+                assert torch.equal(value, example[name]) if isinstance(value, torch.Tensor) else value == example[name]
+
+
 def test_unreadable_pictures_are_replaced_on_access(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar", members(range(2), **{"b.png": b"junk", "b.txt": "bad", "b.cls": "0"}))
     data = PictureDataset(DataConfig(str(tmp_path / "s.tar"), size=8, validation=0.0), "train", in_memory_bytes=0)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "emoji"
 DEFAULT_FOLDER = "generated"
 MAX_SEEDS = 100_000
-_SEED_WORD = re.compile(r"\d+(\.\.\d+)?(,\d+(\.\.\d+)?)*")
+_NUMBER = r"\d{1,20}"  # 2**64 has 20 digits
+_SEED_WORD = re.compile(rf"{_NUMBER}(\.\.{_NUMBER})?(,{_NUMBER}(\.\.{_NUMBER})?)*")
 
 
 def parse_seeds(words: Sequence[str]) -> list[int]:
@@ -238,7 +239,7 @@ def _load(given: Given) -> LatentDiffusion:
     model = load(given.model or DEFAULT_MODEL, device=given.device)
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(f"{given.model} is a first stage only; it cannot generate by itself")
-    if model.first_stage is None and model.latent_channels not in (1, 3):  # not a model of pixels either
+    if model.first_stage is None and not model.info.get("pixels"):
         raise DarkroomError(f"{given.model} has no first stage, so its latents cannot be turned into images")
     return model
 

@@ -97,6 +97,39 @@ def _look(record: Record) -> _Picture | str:
         return reason_of(error)
 
 
+@dataclass(frozen=True)
+class Glimpse:
+    """What a few pictures, taken evenly from a source, have in common. short_side: the median, in pixels."""
+
+    short_side: int
+    grey: bool
+
+
+def glimpse(source: str, count: int = 64) -> Glimpse | None:
+    """A quick look, to decide how to train; None when nothing can be read (the full reading will say why)."""
+    records = read_parts(source)[0].records
+    chosen = [records[i * len(records) // count] for i in range(count)] if len(records) > count else records
+    sides: list[int] = []
+    grey = True
+    for record in chosen:
+        try:
+            with Image.open(io.BytesIO(record.image.read())) as image:
+                sides.append(min(image.size))
+                grey = grey and _is_grey(image)
+        except Exception:  # one damaged picture
+            continue
+    return Glimpse(sorted(sides)[len(sides) // 2], grey) if sides else None
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether no visible pixel has a colour."""
+    if image.mode[0] in "1LIF":
+        return True
+    pixels = np.asarray(image.convert("RGBA"))
+    colours = pixels[pixels[..., 3] > 0][:, :3]
+    return bool((colours == colours[:, :1]).all())
+
+
 def _picture_facts(pictures: Sequence[_Picture]) -> dict[str, Any]:
     if not pictures:
         return {}

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,20 @@ def module_hash(module: nn.Module) -> str:
 class LatentCache:
     """Examples like those of the data set it was built from, with `moments` float32 (2C, H, W) instead of `image`."""
 
-    def __init__(self, dataset: ImageDataset, moments: np.ndarray, dtype: torch.dtype) -> None:
-        """moments: integers of the dtype's width, (N, 1 or 2, 2C, H, W); the second of two is the mirrored picture."""
-        self.dataset, self._moments, self._dtype = dataset, moments, dtype
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        moments: np.ndarray,
+        dtype: torch.dtype,
+        wanted: Collection[str] | None = None,
+    ) -> None:
+        """moments: integers of the dtype's width, (N, 1 or 2, 2C, H, W); the second of two is the mirrored picture.
+        wanted: the other fields that examples have; None means all."""
+        self.dataset, self._moments, self._dtype, self._wanted = dataset, moments, dtype, wanted
         self.config, self.digest, self.problems = dataset.config, dataset.digest, dataset.problems
         self.class_names, self.box_names = dataset.class_names, dataset.box_names
-        self.fields = tuple("moments" if f == "image" else f for f in dataset.fields)
+        others = (f for f in dataset.fields if f != "image" and (wanted is None or f in wanted))
+        self.fields = ("moments", *others)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,7 +70,7 @@ class LatentCache:
         if not 0 <= index < len(self):
             raise IndexError(index)
         stored = torch.from_numpy(np.array(self._moments[index, int(flip)])).view(self._dtype)
-        others = self.dataset.without_image(index)
+        others = self.dataset.without_image(index, self._wanted)
         return {"moments": stored.float(), **(flip_example(others) if flip else others)}
 
     def captions(self) -> list[str]:
@@ -78,12 +86,14 @@ class LatentCache:
         autoencoder: nn.Module | str,
         batch_size: int = 32,
         dtype: str = "float32",
+        wanted: Collection[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> LatentCache:
         """The cache in `folder`: opened when its key fits, continued when it was interrupted, otherwise computed.
 
         encode: images (B, C, height, width) in [-1, 1] -> unnormalised moments (B, 2C, H, W).
         autoencoder: the module that `encode` uses, or a string that identifies it.
+        wanted: the fields besides the latents that examples shall have; None means all.
         progress: called with (examples done, examples in all).
         """
         config = dataset.config
@@ -109,7 +119,7 @@ class LatentCache:
                 (folder / name).unlink(missing_ok=True)
             raise save_error(folder, error) from None
         dataset.replaced.update({int(k): v for k, v in meta["replaced"].items()})
-        return cls(dataset, _open(folder / _DATA, meta["shape"], DTYPES[dtype]), DTYPES[dtype])
+        return cls(dataset, _open(folder / _DATA, meta["shape"], DTYPES[dtype]), DTYPES[dtype], wanted)
 
 
 def _integers(dtype: torch.dtype) -> np.dtype[Any]:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -69,10 +69,12 @@ class PictureDataset(ImageDataset):
             example["segmentation"] = torch.from_numpy(maps).long()
         return example
 
-    def without_image(self, index: int) -> dict[str, Any]:
-        if "boxes" in self._extra or "segmentation" in self._extra:
-            return super().without_image(index)
-        return self._words(self.replaced.get(index, index))  # nothing to decode
+    def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
+        drawn = {"boxes", "segmentation"} & set(self._extra)
+        if drawn and (wanted is None or drawn & set(wanted)):
+            return super().without_image(index, wanted)
+        words = self._words(self.replaced.get(index, index))  # nothing to decode
+        return words if wanted is None else {name: value for name, value in words.items() if name in wanted}
 
     def _words(self, index: int) -> dict[str, Any]:
         record = self._records[index]

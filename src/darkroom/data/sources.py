@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,9 +113,9 @@ class ImageDataset(ABC):
         """An example, mirrored if asked."""
         return flip_example(self[index]) if flip else self[index]
 
-    def without_image(self, index: int) -> dict[str, Any]:
-        """The other fields of an example."""
-        return {name: value for name, value in self[index].items() if name != "image"}
+    def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
+        """The fields besides the image, or those of them that are wanted: what costs time is then left out."""
+        return {k: v for k, v in self[index].items() if k != "image" and (wanted is None or k in wanted)}
 
     @abstractmethod
     def captions(self) -> list[str]:
@@ -183,6 +184,13 @@ class ShapesDataset(ImageDataset):
             "boxes": torch.from_numpy(scene.boxes),
             "segmentation": torch.from_numpy(labels).long(),
         }
+
+    def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
+        if wanted is None or "segmentation" in wanted:
+            return super().without_image(index, wanted)  # the label map is drawn with the picture
+        scene = self.scene(index)
+        known = {"text": scene.caption, "class_label": scene.class_label, "boxes": torch.from_numpy(scene.boxes)}
+        return {name: value for name, value in known.items() if name in wanted}
 
     def captions(self) -> list[str]:
         if self._captions is None:

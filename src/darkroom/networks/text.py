@@ -113,7 +113,7 @@ class _Transformer(nn.Module):
         # As large as what the layers add. With the customary 0.02 the first attention, which at the start averages over
         # all tokens, drowns the words: every token then says the same, and "left" is learned long after "red".
         for embedding in (self.token_emb, self.pos_emb.emb):
-            nn.init.normal_(embedding.weight, std=0.5)
+            nn.init.normal_(embedding.weight, std=1.0)
         self.attn_layers = _Layers(c)
         self.norm = nn.LayerNorm(c.width)
         if c.logits_head:

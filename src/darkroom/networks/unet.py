@@ -127,6 +127,11 @@ class UNetConfig:
             )
         if self.num_classes == "sequential" and self.adm_in_channels is None:
             raise DarkroomError("unet: num_classes 'sequential' needs adm_in_channels, the width of the vector")
+        for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise DarkroomError(f"unet: {name} is {getattr(self, name)}; give at least 1, or nothing")
+        if not 0 <= self.dropout < 1:
+            raise DarkroomError(f"unet: dropout is {self.dropout}; give a share from 0 to below 1")
         if not self.channel_mult or self.model_channels < 1:
             raise DarkroomError("unet: model_channels and channel_mult must describe at least one level of one channel")
 

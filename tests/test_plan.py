@@ -1,0 +1,90 @@
+"""What is decided for images that come without a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import darkroom
+from darkroom.data.inspection import glimpse
+from darkroom.plan import automatic_recipe
+from darkroom.train_job import train
+from darkroom.training.recipe import resolve
+
+
+def folder_of(folder: Path, sizes: list[tuple[int, int]], mode: str = "RGB") -> str:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for k, (width, height) in enumerate(sizes):
+        grey = rng.integers(0, 256, (height, width), dtype=np.uint8)
+        image = Image.fromarray(grey).convert(mode)
+        if mode == "RGB":
+            image.putpixel((0, 0), (200, 10, 10))
+        image.save(folder / f"{k}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "minutes", "expected"),
+    [
+        ([(28, 40)] * 5, None, 32),
+        ([(32, 32)] * 5, 600, 32),
+        ([(63, 300)] * 5, None, 32),
+        ([(64, 64)] * 4 + [(10, 10)], None, 64),
+        ([(500, 400)] * 5, 30, 64),
+        ([(500, 400)] * 5, 180, 128),
+        ([(100, 100)] * 5, 180, 64),
+    ],
+)
+def test_images_are_never_enlarged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[tuple[int, int]], minutes: float | None, expected: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = resolve(automatic_recipe(folder_of(tmp_path / "images", sizes), minutes, {}))
+    assert recipe.data.width_height == (expected, expected)
+    assert recipe.data.channels == 3
+
+
+def test_what_the_caller_fixed_stays(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "images", [(500, 400)] * 3, "L")
+    fixed: dict[str, Any] = {"size": 48, "channels": 3}
+    recipe = resolve(automatic_recipe(place, None, fixed))
+    assert recipe.data.size == 48 and recipe.data.channels == 3
+    assert recipe.first_stage.train is not None and recipe.first_stage.train.autoencoder.in_channels == 3
+
+
+def test_a_glimpse_sees_size_and_colour(tmp_path: Path) -> None:
+    found = glimpse(folder_of(tmp_path / "colour", [(10, 20), (30, 40), (50, 60)]))
+    assert found is not None and found.short_side == 30 and not found.grey
+    for mode in ("L", "1", "LA", "RGBA", "P"):
+        found = glimpse(folder_of(tmp_path / mode, [(9, 9)], mode))
+        assert found is not None and found.grey, mode
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(hidden / "a.png")  # red, but nobody can see it
+    (hidden / "broken.png").write_bytes(b"junk")
+    found = glimpse(str(hidden))
+    assert found is not None and found.grey and found.short_side == 8
+
+
+def test_grey_images_train_a_grey_model(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "images", [(32, 32)] * 24, "L")
+    small = {
+        "steps": 2,
+        "batch_size": 2,
+        "evaluate.samples": 2,
+        "evaluate.steps": 2,
+        "first_stage.train.steps": 2,
+        "first_stage.train.batch_size": 2,
+        "first_stage.train.autoencoder.channels": 8,
+    }
+    run = train(place, tmp_path / "run", overrides=small, quiet=True)
+    assert run.model is not None
+    model = darkroom.load(run.model)
+    assert model.first_stage is not None and model.first_stage.image_channels == 1
+    result = model.generate(steps=2)
+    assert result.images.shape == (1, 32, 32, 1)
