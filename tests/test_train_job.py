@@ -397,6 +397,28 @@ def test_data_may_be_a_root_or_the_images_themselves(tmp_path: Path) -> None:
     assert instead == {"source": str(tmp_path / "set"), "size": 64}
 
 
+def test_moved_files_are_found_by_name(tmp_path: Path) -> None:
+    """The recipe that a run saved names absolute files."""
+    recipe = {"source": ["/gone/set/a.tar"], "validation": "/gone/set/b.tar"}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.tar").touch()
+    expected = {"source": [str(tmp_path / "set" / "a.tar")], "validation": str(tmp_path / "set" / "b.tar")}
+    assert found_at(recipe, str(tmp_path / "set")) == expected
+    (tmp_path / "set" / "b.tar").touch()
+    assert found_at(recipe, str(tmp_path)) == expected
+
+
+def test_a_run_goes_on_when_its_images_have_moved(tmp_path: Path) -> None:
+    images(tmp_path / "data", 9)
+    train(tmp_path / "data", tmp_path / "run", overrides=TINY, quiet=True)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    with pytest.raises(DarkroomError, match="data"):
+        train(None, tmp_path / "run", resume=True, quiet=True)
+    more = {"steps": 3}
+    result = train(None, tmp_path / "run", data=tmp_path / "elsewhere", resume=True, overrides=more, quiet=True)
+    assert result.summary["denoiser_steps"] == 3
+
+
 def test_a_first_stage_alone_and_its_decoder_only(run: Path, tmp_path: Path) -> None:
     """`steps: 0` ends with a first stage; tuning its decoder alone leaves every latent as it was."""
     overrides = {

@@ -88,7 +88,8 @@ def train(
 
     source: a recipe (file or shipped name), or the images themselves: a folder or tar, for which a recipe is made that
         fits the data, this machine and `minutes`. With `resume` it may be left out: the run's own config is taken.
-    data: where the recipe's images are found, instead of what it names (also: environment variable DARKROOM_DATA).
+    data: where the recipe's images are found, instead of what it names (also: environment variable DARKROOM_DATA); with
+        `resume`, where they lie now.
     seed: of both stages. A `resume`d run keeps the settings that it was begun with, except for `overrides`.
     init_from: a model whose denoiser, conditioner and first stage to start from, with its network sizes.
     first_stage: a model whose first stage to take instead of training one.
@@ -105,7 +106,7 @@ def train(
     stated: Mapping[str, Any] = {}
     resume = resume and (source is None or (folder / "config.yaml").is_file())  # nothing there yet: begin
     if resume:
-        recipe = _resumed_recipe(folder, changes)
+        recipe = _resumed_recipe(folder, changes, data)
         if seed not in (None, recipe.seed):
             raise DarkroomError(
                 f"{folder}: this run has seed {recipe.seed}, and a run keeps its seed; leave --seed out"
@@ -176,13 +177,23 @@ def _new_recipe(
 def _under_root(settings: Mapping[str, Any], root: str) -> dict[str, Any] | None:
     """Data settings with the recipe's relative paths looked up below `root`; None where they are not there."""
     named = settings.get("source", "shapes")
-    names = [named] if isinstance(named, str) else list(named)
-    if not Path(root).is_dir() or not all(glob(str(Path(root) / name)) for name in names):
+    places = [_place(root, name) for name in ([named] if isinstance(named, str) else named)]
+    if not Path(root).is_dir() or not all(glob(place) for place in places):
         return None
-    moved: dict[str, Any] = {"source": [str(Path(root) / name) for name in names]}
+    moved: dict[str, Any] = {"source": places}
     if isinstance(settings.get("validation"), str):
-        moved["validation"] = str(Path(root) / settings["validation"])
+        moved["validation"] = _place(root, settings["validation"])
     return merge(settings, moved)
+
+
+def _place(root: str, name: str) -> str:
+    """Where a file of the recipe lies below `root`. Absolute names are those of a run's resolved recipe: the file was
+    moved, with or without the folder around it."""
+    path = Path(name)
+    if not path.is_absolute():
+        return str(Path(root) / name)
+    together = Path(root) / path.parent.name / path.name
+    return str(together if glob(str(together)) else Path(root) / path.name)
 
 
 def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -214,11 +225,15 @@ def _parts_of_model(path: str) -> dict[str, Any]:
     }
 
 
-def _resumed_recipe(folder: Path, changes: dict[str, Any]) -> Recipe:
+def _resumed_recipe(folder: Path, changes: dict[str, Any], data: str | os.PathLike[str] | None) -> Recipe:
+    """The run's own recipe; `data` says where its files lie now if they were moved."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise DarkroomError(f"{folder}: no run to resume (config.yaml is missing); start it without --resume")
-    return resolve(read_recipe(path), changes)
+    settings = read_recipe(path)
+    if data is not None:
+        settings["data"] = found_at(settings["data"], str(data))
+    return resolve(settings, changes)
 
 
 def _refuse_used_folder(folder: Path) -> None:
