@@ -1,17 +1,4 @@
-"""Recipes: small YAML files that say what differs from the defaults, read strictly.
-
-base        another recipe (name, or path beside this file) that this one changes; mappings merge; null switches a
-            setting off, takes an entry out of a mapping, and where neither makes sense means the default
-data        where the images are and what is made of them (DataConfig)
-first_stage one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none of them: pixels (f1)
-denoiser    network, noise schedule and prediction type
-conditioner encoders by name
-objective   loss weighting and time sampling
-optimizer, steps, batch_size, ...   the loop of the denoiser (LoopConfig)
-init_from   a model whose denoiser and conditioner to start from
-evaluate    how samples are made during and after training
-expect      what the recipe reached when it was last run: metric, protocol, hardware, minutes
-"""
+"""Recipes: small YAML files that say what differs from the defaults, read strictly. Their keys: `Recipe`."""
 
 from __future__ import annotations
 
@@ -83,7 +70,19 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class Recipe(LoopConfig):
     """A resolved recipe. The loop's own fields (steps, batch_size, optimizer, ...) are the denoiser's;
-    `steps: 0` trains a first stage alone."""
+    `steps: 0` trains a first stage alone.
+
+    base: another recipe (name, or path beside this file) that this one changes; mappings merge; null switches a setting
+        off, takes an entry out of a mapping, and where neither makes sense means the default. Not in a resolved recipe.
+    data: where the images are and what is made of them
+    first_stage: one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none: pixels (f1)
+    denoiser: network, noise schedule and prediction type
+    conditioner: encoders by name, each with its `kind`
+    objective: loss weighting and time sampling
+    init_from: a model whose denoiser and conditioner to start from
+    evaluate: how samples are made during and after training
+    expect: what the recipe reached when it was last run: metric, value, protocol, hardware, minutes
+    """
 
     name: str = "custom"
     description: str = ""
