@@ -101,7 +101,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@status=0; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || status=1; done; exit $$status
 
 # A recipe whose data is not on this machine says so and the next one follows.
 recipes: $(STAMP)

@@ -3,8 +3,8 @@
     python benchmarks/shapes_agreement.py MODEL [--count 500] [--steps 20] [--solver dpm++2m] [--cfg-scale 3]
     python benchmarks/shapes_agreement.py MODEL --solvers     DDIM 50 steps against DPM++ 2M 15 steps
 
-The prompts are drawn with a fixed seed from the language of the set; image k has seed k. Combinations that the training
-split never contained are counted apart. The 95 % intervals are Wilson's.
+The prompts are drawn with a fixed seed from the language of the set, without the combinations that the training split
+never contains: those are counted apart. Image k has seed k. The 95 % intervals are Wilson's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]
     return centre - half, centre + half
 
 
-def measure(model: Any, kind: str, held_out: bool | None, count: int, **settings: Any) -> dict[str, Any]:
+def measure(model: Any, kind: str, held_out: bool, count: int, **settings: Any) -> dict[str, Any]:
     """Generate `count` images and check each against its own prompt."""
     texts = prompts(count, seed=PROMPT_SEED, kind=kind, held_out=held_out)
     started = time.perf_counter()
@@ -40,8 +40,7 @@ def measure(model: Any, kind: str, held_out: bool | None, count: int, **settings
     ok = sum(v.ok for v in verdicts)
     low, high = interval(ok, count)
     return {
-        "prompts": kind
-        + {None: "", True: ", combinations never trained", False: ", combinations in training"}[held_out],
+        "prompts": kind + (", combination never trained" if held_out else ""),
         "count": count,
         "ok": round(ok / count, 4),
         "interval": [round(low, 4), round(high, 4)],
@@ -74,14 +73,14 @@ def main() -> None:
     if args.solvers:
         for _ in range(2):  # interleaved, the second round is reported: the first warms the caches
             pair = [
-                measure(model, kind, None, args.count, solver=solver, steps=steps)
+                measure(model, kind, False, args.count, solver=solver, steps=steps)
                 for kind in ("single", "pair")
                 for solver, steps in (("ddim", 50), ("dpm++2m", 15))
             ]
         rows = pair
     else:
         for kind in ("single", "pair"):
-            rows.append(measure(model, kind, None, args.count, **settings))
+            rows.append(measure(model, kind, False, args.count, **settings))
             rows.append(measure(model, kind, True, min(args.count, 250), **settings))
     for row in rows:
         low, high = row["interval"]
