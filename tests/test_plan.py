@@ -12,6 +12,7 @@ from PIL import Image
 import darkroom
 from darkroom.data.inspection import glimpse
 from darkroom.plan import automatic_recipe
+from darkroom.recipe_source import new_recipe
 from darkroom.train_job import train
 from darkroom.training.recipe import resolve
 
@@ -40,10 +41,9 @@ def folder_of(folder: Path, sizes: list[tuple[int, int]], mode: str = "RGB") -> 
         ([(100, 100)] * 5, 180, 64),
     ],
 )
-def test_images_are_never_enlarged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[tuple[int, int]], minutes: float | None, expected: int
+def test_the_size_follows_the_median_picture_and_the_time(
+    tmp_path: Path, sizes: list[tuple[int, int]], minutes: float | None, expected: int
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = resolve(automatic_recipe(folder_of(tmp_path / "images", sizes), minutes, {}))
     assert recipe.data.width_height == (expected, expected)
     assert recipe.data.channels == 3
@@ -57,12 +57,43 @@ def test_what_the_caller_fixed_stays(tmp_path: Path) -> None:
     assert recipe.first_stage.train is not None and recipe.first_stage.train.autoencoder.in_channels == 3
 
 
+def test_a_gpu_takes_larger_pictures_but_not_more_than_was_asked(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "images", [(500, 400)] * 3)
+    assert resolve(automatic_recipe(place, None, {}, gpu=True)).data.size == 128
+    small = resolve(automatic_recipe(place, None, {"size": 32}, gpu=True))
+    assert small.data.size == 32 and small.first_stage.train is not None
+    assert small.first_stage.train.objective.crop is None  # that of 128x128 would not fit
+    assert small.expect == {}  # what another recipe reached says nothing here
+
+
+def test_a_given_first_stage_decides_the_channels(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "images", [(64, 64)] * 3, "L")
+    assert new_recipe(place, first_stage="emoji")[0].data.channels == 3
+    assert new_recipe(place)[0].data.channels == 1
+
+
+def test_the_environment_leaves_exact_places_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, other = folder_of(tmp_path / "set", [(64, 64)] * 3), tmp_path / "other"
+    other.mkdir()
+    folder_of(other / "set", [(64, 64)] * 3)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"base: shapes-tiny\ndata:\n  source: {here}\n")
+    monkeypatch.setenv("DARKROOM_DATA", str(other))
+    assert new_recipe(str(recipe))[0].data.source == here
+    assert new_recipe(str(recipe), data=str(other))[0].data.source == [str(other / "set")]
+
+
 def test_a_glimpse_sees_size_and_colour(tmp_path: Path) -> None:
     found = glimpse(folder_of(tmp_path / "colour", [(10, 20), (30, 40), (50, 60)]))
     assert found is not None and found.short_side == 30 and not found.grey
     for mode in ("L", "1", "LA", "RGBA", "P"):
         found = glimpse(folder_of(tmp_path / mode, [(9, 9)], mode))
         assert found is not None and found.grey, mode
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8), "LAB").save(lab / "a.tiff")
+    found = glimpse(str(lab))
+    assert found is not None and not found.grey
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(hidden / "a.png")  # red, but nobody can see it

@@ -135,6 +135,11 @@ def denoiser_config(
         "num_classes": conditioner.label_count
         or (network.num_classes if isinstance(network.num_classes, str) else None),
     }
+    if network.num_classes == "continuous" and conditioner.vector_dim != 1:
+        raise DarkroomError(
+            f'"denoiser.network.num_classes" is "continuous", which embeds one number, but the conditioner gives '
+            f'{conditioner.vector_dim or 0}: use "sequential"'
+        )
     for key, value in derived.items():
         if key in stated and stated[key] != value:
             raise DarkroomError(

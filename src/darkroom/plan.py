@@ -32,6 +32,9 @@ from darkroom.training.progress import duration, memory_gib
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe
 
 FIRST_STAGE_SHARE = 0.35  # of a time budget; reconstructions are good long before samples are
+LARGE_MINUTES = 180  # from here on a CPU can train 128x128
+SIDES = (32, 64, 128)
+FIRST = "first_stage.train."
 TIMED_PLACES = 4  # in the course of a stage
 TIMED_STEPS = 2  # at each of them, after one that warms up
 
@@ -66,26 +69,28 @@ class Plan:
     denoiser: StagePlan
 
 
-def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]) -> dict[str, Any]:
+def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any], gpu: bool = False) -> dict[str, Any]:
     """Recipe settings for a folder or tar of images: resolution, f, conditioning and sizes for this machine and budget.
 
-    Captions win over classes, classes over nothing. Below three hours on a CPU, images become 64x64 with f = 4; with
-    more time or a GPU 128x128 with f = 8; but not larger than they are, in steps of 32, 64, 128. Images without colour
-    are trained with one channel. `data` holds settings that the caller fixed.
+    Captions win over classes, classes over nothing. On a CPU, below three hours, images become 64x64 with f = 4; with
+    more time or a GPU 128x128 with f = 8; but of 32, 64, 128 never more than the shorter side of the median image.
+    Images without colour are trained with one channel. `data` holds settings that the caller fixed.
     """
     found = open_dataset(from_dict(DataConfig, {"source": source, **data}, "data"))
-    look = None if found.config.is_shapes else glimpse(source)
-    limit = 128 if torch.cuda.is_available() or (minutes is not None and minutes >= 180) else 64
-    if look is not None:
-        limit = max([side for side in (32, 64, 128) if side <= min(limit, look.short_side)], default=32)
-    settings = read_recipe(find_recipe("auto-128" if limit == 128 else "auto-64"))
-    chosen: dict[str, Any] = {"source": source, "size": limit}
-    if look is not None and look.grey:
-        chosen["channels"] = 1
-    chosen |= data
+    look = None if found.config.is_shapes else glimpse(found.config.source)
+    limit = 128 if gpu or (minutes is not None and minutes >= LARGE_MINUTES) else 64
+    if "size" in data:
+        limit = min(limit, *found.config.width_height)
+    elif look is not None:
+        limit = max([side for side in SIDES if side <= min(limit, look.short_side)], default=SIDES[0])
+    settings = read_recipe(find_recipe("auto-128" if limit >= 128 else "auto-64"))
+    grey = look is not None and look.grey
+    chosen: dict[str, Any] = {"source": source, "size": limit} | ({"channels": 1} if grey else {}) | dict(data)
+    settings["description"] = f"Made by `darkroom train {Path(source).name}`."
     if chosen.get("channels") == 1:
-        autoencoder = {"in_channels": 1, "out_channels": 1}
-        settings = merge(settings, {"first_stage": {"train": {"autoencoder": autoencoder}}})
+        settings = merge(settings, {"first_stage": {"train": {"autoencoder": {"in_channels": 1, "out_channels": 1}}}})
+        if "channels" not in data:
+            settings["description"] += " No colour was seen, so there is one channel; data.channels=3 keeps three."
     conditioner: dict[str, Any] = {}
     if "text" in found.fields:
         conditioner["text"] = settings["conditioner"]["text"]
@@ -93,7 +98,6 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
         conditioner["class"] = settings["conditioner"]["class"]
     settings["conditioner"] = conditioner
     settings["name"] = Path(source).name.split(".")[0] or "images"
-    settings["description"] = f"Made by `darkroom train {Path(source).name}`."
     settings["data"] = merge(settings.get("data") or {}, chosen)
     return settings
 
@@ -255,29 +259,32 @@ class Planner:
 def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[str] = ()) -> Recipe:
     """The recipe with the steps of both stages set so that they fill `minutes`, given a measured plan.
 
-    fixed: "steps" or "first_stage.train.steps" that someone has stated: they stay, and the other stage gets the rest.
+    fixed: dotted keys that someone has stated. They stay; where they are the steps of a stage, the other gets the rest.
+    Raises DarkroomError when nothing is left for it.
     """
     left = minutes * 60
     train, first, second = recipe.first_stage.train, plan.first_stage, plan.denoiser
-    if second.seconds is not None and "steps" in fixed:
-        left -= second.seconds
-    if train is not None:
+    alone = recipe.steps == 0  # a first stage alone
+    stated = {"first stage": train is not None and f"{FIRST}steps" in fixed, "denoiser": not alone and "steps" in fixed}
+    for name, stage in (("first stage", first), ("denoiser", second)):
+        if stated[name] and stage is not None and stage.seconds is not None:
+            left -= stage.seconds
+    if left <= 0 and not all(stated.values()):
+        taken = duration(minutes * 60 - left)
+        raise DarkroomError(f"the steps that were stated take {taken} of {minutes:g} minutes: that leaves nothing")
+    if train is not None and not stated["first stage"]:
         assert first is not None and first.seconds_per_step is not None
-        if "first_stage.train.steps" in fixed:
-            left -= first.steps * first.seconds_per_step
-        else:
-            # `steps: 0` trains a first stage alone.
-            share = FIRST_STAGE_SHARE if recipe.steps > 0 and "steps" not in fixed else 1.0
-            steps = max(1, int(left * share / first.seconds_per_step))
-            left *= 1 - share
-            factor = steps / max(1, train.steps)
-            train = _with_steps(train, steps)
-            train = replace(train, objective=_with_starts(train.objective, factor))
-            recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
-    if recipe.steps == 0 or "steps" in fixed:
+        share = 1.0 if alone or stated["denoiser"] else FIRST_STAGE_SHARE
+        steps = max(1, int(left * share / first.seconds_per_step))
+        left *= 1 - share
+        factor = steps / max(1, train.steps)
+        train = _with_steps(train, steps, FIRST, fixed)
+        train = replace(train, objective=_with_starts(train.objective, factor, f"{FIRST}objective.", fixed))
+        recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
+    if alone or stated["denoiser"]:
         return recipe
     assert second.seconds_per_step is not None
-    return _with_steps(recipe, max(1, int(left / second.seconds_per_step)))
+    return _with_steps(recipe, max(1, int(left / second.seconds_per_step)), "", fixed)
 
 
 def with_times(plan: Plan, measured: Plan) -> Plan:
@@ -293,31 +300,32 @@ def with_times(plan: Plan, measured: Plan) -> Plan:
     return replace(plan, first_stage=stage(plan.first_stage, measured.first_stage), denoiser=denoiser)
 
 
-def _with_steps(config: Any, steps: int) -> Any:
-    """New number of steps; intervals, warm-up and averaging keep their proportion to the run."""
+def _with_steps(config: Any, steps: int, prefix: str, fixed: Collection[str]) -> Any:
+    """New number of steps; intervals, warm-up and averaging keep their proportion to the run unless they are fixed."""
     ema = config.optimizer.ema_decay
-    return replace(
-        config,
-        steps=steps,
-        checkpoint_every=max(1, min(config.checkpoint_every, steps // 4)),
-        validate_every=max(1, min(config.validate_every, steps // 10)),
-        sample_every=max(1, min(config.sample_every, steps // 6)),
-        optimizer=replace(
-            config.optimizer,
-            warmup_steps=min(config.optimizer.warmup_steps, steps // 10),
-            ema_decay=None if ema is None else min(ema, 1 - 1 / max(10.0, steps / 10)),
-        ),
-    )
+    optimizer = {
+        "warmup_steps": min(config.optimizer.warmup_steps, steps // 10),
+        "ema_decay": None if ema is None else min(ema, 1 - 1 / max(10.0, steps / 10)),
+    }
+    loop = {
+        "checkpoint_every": max(1, min(config.checkpoint_every, steps // 4)),
+        "validate_every": max(1, min(config.validate_every, steps // 10)),
+        "sample_every": max(1, min(config.sample_every, steps // 6)),
+    }
+    optimizer = {k: v for k, v in optimizer.items() if f"{prefix}optimizer.{k}" not in fixed}
+    loop = {k: v for k, v in loop.items() if f"{prefix}{k}" not in fixed}
+    return replace(config, steps=steps, **loop, optimizer=replace(config.optimizer, **optimizer))
 
 
-def _with_starts(objective: FirstStageTrainConfig, factor: float) -> FirstStageTrainConfig:
+def _with_starts(
+    objective: FirstStageTrainConfig, factor: float, prefix: str, fixed: Collection[str]
+) -> FirstStageTrainConfig:
     """The discriminator and the whole images begin at the same share of a longer or shorter run."""
-    crop_steps = objective.crop_steps
-    return replace(
-        objective,
-        discriminator_start=round(objective.discriminator_start * factor),
-        crop_steps=None if crop_steps is None else round(crop_steps * factor),
-    )
+    starts = {"discriminator_start": objective.discriminator_start, "crop_steps": objective.crop_steps}
+    moved: dict[str, Any] = {
+        k: round(v * factor) for k, v in starts.items() if v is not None and f"{prefix}{k}" not in fixed
+    }
+    return replace(objective, **moved)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -326,7 +334,8 @@ def describe_plan(plan: Plan) -> str:
     f = plan.downsampling
     lines = [
         f"plan: {plan.recipe}",
-        f"  data        {plan.images} images, {width}x{height}, {plan.image_channels} channels",
+        f"  data        {plan.images} images, {width}x{height}, {plan.image_channels} channel"
+        + ("s" if plan.image_channels > 1 else " (grey; --set data.channels=3 keeps colour)"),
         f"  latents     {width // f}x{height // f}x{plan.latent_channels} (f = {f})",
         f"  condition   {', '.join(plan.conditioning) or 'none'}",
     ]

@@ -15,7 +15,6 @@ import platform
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from darkroom import __version__
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
 from darkroom.conditioning.conditioner import Conditioner
-from darkroom.config import from_dict, merge, nearest, to_dict, with_overrides
+from darkroom.config import from_dict, nearest, to_dict
 from darkroom.data.batches import Batches, collate
 from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
 from darkroom.data.latent_cache import LatentCache
@@ -36,7 +35,8 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
 from darkroom.model_io import load, load_first_stage, save, select_device
-from darkroom.plan import Plan, Planner, automatic_recipe, describe_plan, fit_minutes, with_times
+from darkroom.plan import Plan, Planner, describe_plan, fit_minutes, with_times
+from darkroom.recipe_source import new_recipe, resumed_recipe
 from darkroom.report import model_card, write_report
 from darkroom.safe_files import read_json, write_file
 from darkroom.solvers import SOLVERS
@@ -46,11 +46,10 @@ from darkroom.training.distributed import World, join_world, of_first_rank
 from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
 from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result, step_generator
 from darkroom.training.progress import Progress, duration
-from darkroom.training.recipe import FirstStageChoice, Recipe, find_recipe, read_recipe, resolve
+from darkroom.training.recipe import FirstStageChoice, Recipe
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
-DERIVED_WIDTHS = ("in_channels", "out_channels", "context_dim", "adm_in_channels", "num_classes")  # of denoiser.network
 SMALL_SET = 2000  # images below which a model of this kind repeats its training pictures
 
 
@@ -103,144 +102,42 @@ def train(
         torch.set_num_threads(threads)
     folder = Path(output)
     changes = dict(overrides or {})
+    world = join_world(device)
+    # Looked at once, before the first process writes there.
+    begun = of_first_rank((folder / "config.yaml").exists(), world)
+    resume = resume and (source is None or begun)  # nothing there yet: begin
     stated: Mapping[str, Any] = {}
-    resume = resume and (source is None or (folder / "config.yaml").is_file())  # nothing there yet: begin
     if resume:
-        recipe = _resumed_recipe(folder, changes, data)
+        recipe = resumed_recipe(folder, changes, data)
         if seed not in (None, recipe.seed):
             raise DarkroomError(
                 f"{folder}: this run has seed {recipe.seed}, and a run keeps its seed; leave --seed out"
             )
     else:
-        _refuse_used_folder(folder)
-        recipe, stated = _new_recipe(source, data, seed, changes, first_stage, init_from, minutes)
-    job = _Job(recipe, folder, device=device, stated=stated, quiet=quiet)
+        if begun:
+            raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
+        if folder.exists() and not folder.is_dir():
+            raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
+        recipe, stated = new_recipe(
+            source,
+            data=data,
+            seed=seed,
+            changes=changes,
+            first_stage=first_stage,
+            init_from=init_from,
+            minutes=minutes,
+            gpu=select_device(device).type == "cuda",
+        )
+    job = _Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
         job.measured = of_first_rank(job.plan(measure=True), job.world)
         job.recipe = fit_minutes(job.recipe, job.measured, minutes, fixed=changes)
     if dry_run:
         plan = job.plan(measure=True) if job.measured is None else with_times(job.plan(), job.measured)
-        print(describe_plan(plan), flush=True)
+        if world.is_main:
+            print(describe_plan(plan), flush=True)
         return Run(folder, None, None, {"plan": to_dict(plan)})
     return job.run(resume)
-
-
-# --- which recipe ---------------------------------------------------------------------------------------------------
-
-
-def _new_recipe(
-    source: str | os.PathLike[str] | None,
-    data: str | os.PathLike[str] | None,
-    seed: int | None,
-    changes: dict[str, Any],
-    first_stage: str | os.PathLike[str] | None,
-    init_from: str | os.PathLike[str] | None,
-    minutes: float | None,
-) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and the widths that follow from other parts but that someone wrote down nevertheless."""
-    if source is None:
-        raise DarkroomError("nothing to train on: give a recipe, a folder of images or a tar")
-    if first_stage is not None and init_from is not None:
-        raise DarkroomError("--init-from brings its model's own first stage; leave out --first-stage")
-    text = str(source)
-    is_recipe = Path(text).suffix in (".yaml", ".yml") or not Path(text).exists()
-    if is_recipe:
-        settings = read_recipe(find_recipe(text))
-        root = os.environ.get("DARKROOM_DATA")
-        if data is not None:
-            settings["data"] = found_at(settings.get("data") or {}, str(data))
-        elif root and (moved := _under_root(settings.get("data") or {}, root)):
-            settings["data"] = moved
-    else:
-        settings = automatic_recipe(str(data or text), minutes, with_overrides({}, changes).get("data", {}))
-    if first_stage is not None:
-        settings["first_stage"] = {"path": str(first_stage)}
-    if init_from is not None:
-        settings |= _parts_of_model(str(init_from))
-        kept = next((key for key in changes if key.split(".")[0] in ("denoiser", "conditioner")), None)
-        if kept is not None:
-            raise DarkroomError(f'--init-from keeps its model\'s denoiser and conditioner: leave out --set "{kept}"')
-    if seed is not None:
-        settings["seed"] = seed
-        if (settings.get("first_stage") or {}).get("train"):
-            settings = with_overrides(settings, {"first_stage.train.seed": seed})
-    settings = with_overrides(settings, changes)
-    denoiser = settings.get("denoiser")
-    network = denoiser.get("network") if isinstance(denoiser, dict) else None
-    stated: dict[str, Any] = {}
-    if isinstance(network, dict):  # anything else is what `resolve` complains about
-        stated = {k: network[k] for k in DERIVED_WIDTHS if network.get(k) is not None}
-        network.pop("context_dim", None)
-    return resolve(settings), stated
-
-
-def _under_root(settings: Mapping[str, Any], root: str) -> dict[str, Any] | None:
-    """Data settings with the recipe's relative paths looked up below `root`; None where they are not there."""
-    named = settings.get("source", "shapes")
-    places = [_place(root, name) for name in ([named] if isinstance(named, str) else named)]
-    if not Path(root).is_dir() or not all(glob(place) for place in places):
-        return None
-    moved: dict[str, Any] = {"source": places}
-    if isinstance(settings.get("validation"), str):
-        moved["validation"] = _place(root, settings["validation"])
-    return merge(settings, moved)
-
-
-def _place(root: str, name: str) -> str:
-    """Where a file of the recipe lies below `root`. Absolute names are those of a run's resolved recipe: the file was
-    moved, with or without the folder around it."""
-    path = Path(name)
-    if not path.is_absolute():
-        return str(Path(root) / name)
-    together = Path(root) / path.parent.name / path.name
-    return str(together if glob(str(together)) else Path(root) / path.name)
-
-
-def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A recipe's data settings with the data at `place`: the folder that holds the files that the recipe names, or else
-    the images themselves, which then also replace the recipe's validation files."""
-    moved = _under_root(settings, place)
-    if moved is not None:
-        return moved
-    changed = merge(settings, {"source": place})
-    if isinstance(changed.get("validation"), str):
-        del changed["validation"]
-    return changed
-
-
-def _parts_of_model(path: str) -> dict[str, Any]:
-    """Recipe settings that rebuild a given model's architecture, for --init-from."""
-    model = load(path, device="cpu")
-    if not isinstance(model, LatentDiffusion):
-        raise DarkroomError(f"--init-from {path}: holds only a first stage; use --first-stage {path}")
-    config: Any = model.conditioner.config_dict
-    encoders = {
-        name: {k: v for k, v in entry.items() if k != "tokenizer"} for name, entry in config.get("encoders", {}).items()
-    }
-    return {
-        "denoiser": model.denoiser.config_dict,
-        "conditioner": encoders,
-        "first_stage": {} if model.first_stage is None else {"path": path},
-        "init_from": path,
-    }
-
-
-def _resumed_recipe(folder: Path, changes: dict[str, Any], data: str | os.PathLike[str] | None) -> Recipe:
-    """The run's own recipe; `data` says where its files lie now if they were moved."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise DarkroomError(f"{folder}: no run to resume (config.yaml is missing); start it without --resume")
-    settings = read_recipe(path)
-    if data is not None:
-        settings["data"] = found_at(settings["data"], str(data))
-    return resolve(settings, changes)
-
-
-def _refuse_used_folder(folder: Path) -> None:
-    if (folder / "config.yaml").exists():
-        raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
-    if folder.exists() and not folder.is_dir():
-        raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
 
 
 # --- the job --------------------------------------------------------------------------------------------------------
@@ -249,13 +146,22 @@ def _refuse_used_folder(folder: Path) -> None:
 class _Job:
     """One run: what it holds is the recipe, the folder and the opened data; each stage is a method."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, device: str, stated: Mapping[str, Any], quiet: bool) -> None:
-        self.recipe, self.folder, self.quiet, self.stated = recipe, folder, quiet, stated
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        device: str = "auto",
+        world: World | None = None,
+        stated: Mapping[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.recipe, self.folder, self.quiet, self.stated = recipe, folder, quiet, stated or {}
         if recipe.evaluate.solver not in SOLVERS:
             solver = recipe.evaluate.solver
             raise DarkroomError(f'"evaluate.solver" is {solver!r}{nearest(solver, SOLVERS)}')
         self.device = select_device(device)
-        self.world: World = join_world()
+        self.world = world or World()
         self.started = time.perf_counter()
         self.data = open_dataset(recipe.data, "train")
         self.validation = open_dataset(recipe.data, "validation")

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.training.checkpoint import latest_checkpoint
+from darkroom.training.distributed import World, join_world, of_first_rank
 from darkroom.training.ema import EMA, ema_decay
 from darkroom.training.loop import Hooks, LoopConfig, Phase, Trainer, finished_result, step_generator
 from darkroom.training.optim import OptimizerConfig, learning_rate, make_optimizer
@@ -321,3 +324,50 @@ def test_a_skipped_step_changes_no_phase(tmp_path: Path) -> None:
         # The second phase begins at step 1; apart from that every phase moves, or none does.
         assert same == ([True, True] if skipped else [False, t.train_step == 0])
         t.train_step += 1
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+class RankSource:
+    """Each rank has a target of its own, so that weights without exchange would drift apart."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def batch_at(self, train_step: int, micro: int = 0) -> dict[str, Any]:
+        return {"target": torch.full((3, 2), 1.0 if self.rank == 0 else -3.0)}
+
+
+def train_as_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    world = World(rank, 2)
+    assert of_first_rank(f"from {rank}", world) == "from 0"
+    config = LoopConfig(
+        steps=40, batch_size=1, log_every=1, precision="float32", optimizer=OptimizerConfig(0.1, warmup_steps=0)
+    )
+    loop = Trainer("stage", Step(Quadratic()), RankSource(rank), config, Path(folder), world=world, quiet=True)
+    loop.run()
+    torch.save(loop.modules["net"].w.detach(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_their_gradients(tmp_path: Path) -> None:
+    mp.spawn(train_as_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    assert (first + 1).abs().max() < 0.3  # the mean of the two targets is where both gradients cancel
+    assert len([r for r in lines(tmp_path) if r["train_step"] == 40]) == 1  # one rank writes
+
+
+def test_joining_without_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join_world("cuda:3") == World()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(DarkroomError, match="each takes a GPU of its own"):
+        join_world("cuda:0")
+    with pytest.raises(DarkroomError, match="process 2 of this machine has no GPU"):
+        join_world("cuda")

@@ -40,6 +40,8 @@ def test_shipped_recipes_are_valid_as_written_and_as_resolved(name: str) -> None
         ({}, True),
         ({"steps": None}, True),
         ({"optimizer": {"learning_rate": "1e-4"}}, True),
+        ({"optimizer": {"learning_rate": "0.001"}}, True),
+        ({"optimizer": {"learning_rate": "1.2.3e4"}}, False),
         ({"optimizer": {"learning_rate": "fast"}}, False),
         ({"step": 5}, False),
         ({"steps": "many"}, False),
@@ -66,5 +68,10 @@ def test_schema_and_reader_agree(change: dict[str, Any], valid: bool) -> None:
 def test_descriptions_come_from_docstrings() -> None:
     about = descriptions(UNetConfig)
     assert about["model_channels"].startswith("width of the first level; level i has")
-    assert about["num_heads"] == "attention heads, or"
+    for definition in recipe_schema()["$defs"].values():
+        for name, setting in definition["properties"].items():
+            text = setting.get("description", "")
+            assert not text.endswith((" or", ",")) and not any(
+                f" {other}:" in text for other in definition["properties"]
+            ), name
     assert "zero padding" in about["position_embedding"] and about["position_embedding"].endswith("left and right")

@@ -105,7 +105,7 @@ class Glimpse:
     grey: bool
 
 
-def glimpse(source: str, count: int = 64) -> Glimpse | None:
+def glimpse(source: str | list[str], count: int = 64) -> Glimpse | None:
     """A quick look, to decide how to train; None when nothing can be read (the full reading will say why)."""
     records = read_parts(source)[0].records
     chosen = [records[i * len(records) // count] for i in range(count)] if len(records) > count else records
@@ -123,7 +123,7 @@ def glimpse(source: str, count: int = 64) -> Glimpse | None:
 
 def _is_grey(image: Image.Image) -> bool:
     """Whether no visible pixel has a colour."""
-    if image.mode[0] in "1LIF":
+    if image.mode in ("1", "L", "LA", "La") or image.mode[0] in "IF":  # "LAB" has colour
         return True
     pixels = np.asarray(image.convert("RGBA"))
     colours = pixels[pixels[..., 3] > 0][:, :3]

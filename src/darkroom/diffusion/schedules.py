@@ -29,10 +29,12 @@ class ScheduleConfig:
         `linear` ordinary linear betas (Ho et al. 2020), `sqrt` square roots of linear betas, `cosine` (Nichol &
         Dhariwal 2021), `flow` rectified flow, `edm` variance-exploding (Karras et al. 2022).
     timesteps: length of the DDPM table; for `flow` the factor from sigma to network time.
-    beta_start, beta_end: `ldm`, `linear`, `sqrt`. cosine_offset: `cosine`.
+    beta_start, beta_end: of `ldm`, `linear` and `sqrt`.
+    cosine_offset: s of `cosine`.
     zero_terminal_snr: rescale a table so that its last entry is pure noise (Lin et al. 2024, alg. 1).
     shift: `flow`: where times and grid points are placed, s -> shift*s / (1 + (shift-1)*s) (Esser et al. 2024, eq. 23).
-    sigma_min, sigma_max: `edm`. sigma_data: standard deviation of x0 assumed by the `edm` prediction type.
+    sigma_min, sigma_max: of `edm`.
+    sigma_data: standard deviation of x0 assumed by the `edm` prediction type.
     """
 
     kind: Literal["ldm", "linear", "sqrt", "cosine", "flow", "edm"] = "ldm"

@@ -54,8 +54,8 @@ class UNetConfig:
     model_channels:         width of the first level; level i has model_channels * channel_mult[i]
     num_res_blocks:         residual blocks per level, one number or one per level
     attention_resolutions:  downsampling factors (1, 2, 4, ...) whose levels have attention; the middle always has it
-    num_heads:              attention heads, or
-    num_head_channels:      channels per head (wins over num_heads). With neither: 32 channels per head
+    num_heads:              attention heads; without it and without num_head_channels as many as have 32 channels
+    num_head_channels:      channels per head; wins over num_heads
     num_heads_upsample:     another number of heads in the decoder half; only for plain attention and num_heads
     use_spatial_transformer: transformer blocks with cross-attention to the `context` slot instead of plain attention
     transformer_depth:      transformer blocks per spatial transformer, one number or one per level
@@ -125,8 +125,6 @@ class UNetConfig:
             raise DarkroomError(
                 f"unet: num_classes is {self.num_classes!r}; use a number, 'sequential', 'continuous' or nothing"
             )
-        if self.num_classes == "sequential" and self.adm_in_channels is None:
-            raise DarkroomError("unet: num_classes 'sequential' needs adm_in_channels, the width of the vector")
         for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DarkroomError(f"unet: {name} is {getattr(self, name)}; give at least 1, or nothing")
@@ -184,10 +182,10 @@ class Stage(nn.ModuleList):
         return x
 
 
-def position_features(height: int, width: int, octaves: int = 3) -> Tensor:
+def position_features(height: int, width: int, octaves: int = 3, device: torch.device | None = None) -> Tensor:
     """(1, 4 * octaves, H, W) float32: sine and cosine of the centre of each place along both axes, in periods of 4, 2,
     1, ... picture sides. Relative to the picture, so that "left" means the same at every size."""
-    rows, columns = ((torch.arange(n, dtype=torch.float32) + 0.5) / n - 0.5 for n in (height, width))
+    rows, columns = ((torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n - 0.5 for n in (height, width))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     angles = [2 ** (k - 1) * math.pi * axis for k in range(octaves) for axis in (y, x)]
     return torch.stack([f(a) for a in angles for f in (torch.sin, torch.cos)])[None]
@@ -207,6 +205,8 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = c = config
+        if c.num_classes == "sequential" and c.adm_in_channels is None:
+            raise DarkroomError("unet: num_classes 'sequential' needs adm_in_channels, the width of the vector")
         width = c.model_channels
         emb = 4 * width
         self.time_embed = _embedding_mlp(width, emb)
@@ -244,7 +244,7 @@ class UNet(nn.Module):
         levels = len(c.channel_mult)
         channels = width
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
-        # Bias-free: without it a checkpoint is the official one.
+        # The only parameter beyond the official ones.
         self.position_embed = nn.Conv2d(12, width, 1, bias=False) if c.position_embedding else None
         skips = [width]
         for level, mult in enumerate(c.channel_mult):
@@ -304,7 +304,7 @@ class UNet(nn.Module):
         for index, stage in enumerate(self.input_blocks):
             h = stage(h, emb, context, mask)
             if index == 0 and self.position_embed is not None:
-                h = h + self.position_embed(position_features(*h.shape[2:]).to(h))
+                h = h + self.position_embed(position_features(h.shape[2], h.shape[3], device=h.device).to(h.dtype))
             skips.append(h)
         h = self.middle_block(h, emb, context, mask)
         # Each stage also learns the size of the skip that its result will be joined to: odd sizes survive that way.

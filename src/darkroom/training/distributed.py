@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from darkroom.errors import DarkroomError
+
 T = TypeVar("T")
 
 
@@ -24,15 +26,24 @@ class World:
         return self.rank == 0
 
 
-def join_world() -> World:
-    """Join the process group that torchrun announces in the environment; alone, do nothing."""
+def join_world(device: str = "auto") -> World:
+    """Join the process group that torchrun announces in the environment; alone, do nothing.
+
+    device: "auto", "cpu" or "cuda". Each process takes the GPU of its own number ("cuda" means that one from here on).
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
-    if torch.cuda.is_available():  # one GPU for each process: "cuda" without a number means this one from here on
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if gpu:
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if ":" in device:
+            raise DarkroomError(f"--device {device}: with several processes each takes a GPU of its own; use cuda")
+        if local >= count:
+            raise DarkroomError(f"process {local + 1} of this machine has no GPU, there are {count}; start {count}")
+        torch.cuda.set_device(local)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

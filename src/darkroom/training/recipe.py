@@ -73,7 +73,7 @@ class Recipe(LoopConfig):
     `steps: 0` trains a first stage alone.
 
     base: another recipe (name, or path beside this file) that this one changes; mappings merge; null switches a setting
-        off, takes an entry out of a mapping, and where neither makes sense means the default. Not in a resolved recipe.
+        off, takes an encoder out of `conditioner`, and otherwise means the default. Not in a resolved recipe.
     data: where the images are and what is made of them
     first_stage: one of `train` (how to train one), `name` (bundled) or `path` (a model folder); none: pixels (f1)
     denoiser: network, noise schedule and prediction type

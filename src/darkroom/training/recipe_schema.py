@@ -1,7 +1,7 @@
 """A JSON schema of recipes, for editors that complete and check YAML: `python -m darkroom.training.recipe_schema`.
 
-It is made from the dataclasses that read recipes, so it cannot disagree with them about a name or a type. Descriptions
-come from their docstrings.
+It is made from the dataclasses that read recipes: their names, types and defaults, described by their docstrings.
+What the strict reader knows beyond that (which values go together) only the reader says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from darkroom.training.recipe import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # YAML 1.1 reads 1e-4, without a point, as text; the strict reader takes it as the number that was meant.
-_NUMBER = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+]?[0-9.]+[eE][-+]?[0-9]+$"}]}
+_NUMBER_TEXT = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"
+_NUMBER = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": _NUMBER_TEXT}]}
 _SCALARS: dict[Any, dict[str, Any]] = {
     float: _NUMBER,
     int: {"type": "integer"},

@@ -1,0 +1,163 @@
+"""From what someone names (a recipe, a folder, a tar, a model to start from) to a checked recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from darkroom.config import merge, with_overrides
+from darkroom.errors import DarkroomError
+from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.model_io import load
+from darkroom.plan import automatic_recipe
+from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
+
+# Of `denoiser.network`; they follow from the first stage and the conditioner.
+DERIVED_WIDTHS = ("in_channels", "out_channels", "context_dim", "adm_in_channels", "num_classes")
+
+
+def new_recipe(
+    source: str | os.PathLike[str] | None,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    seed: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    first_stage: str | os.PathLike[str] | None = None,
+    init_from: str | os.PathLike[str] | None = None,
+    minutes: float | None = None,
+    gpu: bool = False,
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the widths that follow from other parts but that someone wrote down nevertheless.
+
+    The arguments are those of `darkroom.train`; `changes` are its overrides, `gpu` whether it trains on one.
+    """
+    changes = dict(changes or {})
+    if source is None:
+        raise DarkroomError("nothing to train on: give a recipe, a folder of images or a tar")
+    if first_stage is not None and init_from is not None:
+        raise DarkroomError("--init-from brings its model's own first stage; leave out --first-stage")
+    parts: dict[str, Any] = {}
+    if init_from is not None:
+        parts = _parts_of_model(str(init_from))
+        kept = next((key for key in changes if key.split(".")[0] in ("denoiser", "conditioner")), None)
+        if kept is not None:
+            raise DarkroomError(f'--init-from keeps its model\'s denoiser and conditioner: leave out --set "{kept}"')
+    elif first_stage is not None:
+        parts = {"first_stage": {"path": str(first_stage)}}
+    text = str(source)
+    if Path(text).suffix in (".yaml", ".yml") or not Path(text).exists():
+        settings = read_recipe(find_recipe(text))
+        root = os.environ.get("DARKROOM_DATA")
+        if data is not None:
+            settings["data"] = found_at(section(settings, "data"), str(data))
+        elif root and (moved := _under_root(section(settings, "data"), root, relative_only=True)):
+            settings["data"] = moved
+    else:
+        fixed = section(with_overrides({}, changes), "data")
+        given = first_stage or init_from
+        if given is not None:
+            fixed = {"channels": _image_channels(str(given)), **fixed}
+        settings = automatic_recipe(str(data or text), minutes, fixed, gpu)
+    settings |= parts
+    if seed is not None:
+        settings["seed"] = seed
+        if section(settings, "first_stage").get("train"):
+            settings = with_overrides(settings, {"first_stage.train.seed": seed})
+    settings = with_overrides(settings, changes)
+    denoiser = settings.get("denoiser")
+    network = denoiser.get("network") if isinstance(denoiser, dict) else None
+    stated: dict[str, Any] = {}
+    if isinstance(network, dict):  # anything else is what `resolve` complains about
+        stated = {k: network[k] for k in DERIVED_WIDTHS if network.get(k) is not None}
+        network.pop("context_dim", None)
+    return resolve(settings), stated
+
+
+def resumed_recipe(folder: Path, changes: Mapping[str, Any], data: str | os.PathLike[str] | None = None) -> Recipe:
+    """The run's own recipe; `data` says where its files lie now if they were moved."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise DarkroomError(f"{folder}: no run to resume (config.yaml is missing); start it without --resume")
+    settings = read_recipe(path)
+    if data is not None:
+        settings["data"] = found_at(section(settings, "data"), str(data))
+    return resolve(settings, changes)
+
+
+def section(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of the settings that is a mapping; {} where it is left out or null."""
+    value = settings.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise DarkroomError(f'"{key}" is a mapping of settings, got {value!r}')
+    return dict(value)
+
+
+def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A recipe's data settings with the data at `place`: the folder that holds the files that the recipe names, or else
+    the images themselves, which then also replace the recipe's validation files."""
+    moved = _under_root(settings, place)
+    if moved is not None:
+        return moved
+    changed = merge(settings, {"source": place})
+    if isinstance(changed.get("validation"), str):
+        del changed["validation"]
+    return changed
+
+
+def _under_root(settings: Mapping[str, Any], root: str, relative_only: bool = False) -> dict[str, Any] | None:
+    """Data settings with the recipe's paths looked up below `root`; None where they are not there.
+
+    relative_only: leave recipes alone that say exactly where their files lie.
+    """
+    named = settings.get("source") or "shapes"
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not Path(root).is_dir():
+        return None
+    if relative_only and any(Path(name).is_absolute() for name in names):
+        return None
+    places = [_place(root, name) for name in names]
+    if not all(glob(place) for place in places):
+        return None
+    moved: dict[str, Any] = {"source": places}
+    if isinstance(settings.get("validation"), str):
+        moved["validation"] = _place(root, settings["validation"])
+    return merge(settings, moved)
+
+
+def _place(root: str, name: str) -> str:
+    """Where a file of the recipe lies below `root`. Absolute names are those of a run's resolved recipe: the file was
+    moved, with or without the folder around it."""
+    path = Path(name)
+    if not path.is_absolute():
+        return str(Path(root) / name)
+    together = Path(root) / path.parent.name / path.name
+    return str(together if glob(str(together)) else Path(root) / path.name)
+
+
+def _parts_of_model(path: str) -> dict[str, Any]:
+    """Recipe settings that rebuild a given model's architecture, for --init-from."""
+    model = load(path, device="cpu")
+    if not isinstance(model, LatentDiffusion):
+        raise DarkroomError(f"--init-from {path}: holds only a first stage; use --first-stage {path}")
+    config: Any = model.conditioner.config_dict
+    encoders = {
+        name: {k: v for k, v in entry.items() if k != "tokenizer"} for name, entry in config.get("encoders", {}).items()
+    }
+    return {
+        "denoiser": model.denoiser.config_dict,
+        "conditioner": encoders,
+        "first_stage": {} if model.first_stage is None else {"path": path},
+        "init_from": path,
+    }
+
+
+def _image_channels(path: str) -> int:
+    """Channels of the images that a model makes: those to train it on."""
+    model = load(path, device="cpu")
+    first_stage = model.first_stage if isinstance(model, LatentDiffusion) else model
+    return model.latent_channels if first_stage is None else first_stage.image_channels
