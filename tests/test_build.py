@@ -31,7 +31,7 @@ def parts(encoders: dict[str, Any], stated: dict[str, Any] | None = None) -> tup
     [
         ({}, (None, None, None)),
         ({"text": TEXT}, (16, None, None)),
-        ({"text": TextEncoderConfig(**{**vars(TEXT), "pooled": True})}, (16, 16, None)),
+        ({"text": TextEncoderConfig(**{**vars(TEXT), "vector": True})}, (16, 16, None)),
         ({"class": ClassEncoderConfig(width=8, slot="vector")}, (None, 8, None)),
         ({"class": ClassEncoderConfig(slot="label")}, (None, None, 3)),
         ({"class": ClassEncoderConfig(slot="label"), "text": TEXT}, (16, None, 3)),

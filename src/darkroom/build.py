@@ -69,7 +69,7 @@ def build_encoder(
         )
     )
     return TextEncoder(
-        tower, tokenizer, config.length, config.drop_rate, config.use_mask, config.field, pooled=config.pooled
+        tower, tokenizer, config.length, config.drop_rate, config.use_mask, config.field, vector=config.vector
     )
 
 

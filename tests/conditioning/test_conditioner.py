@@ -35,10 +35,10 @@ class Tower(nn.Module):
         return tokens if mask is None else torch.where(mask[:, :, None], tokens, -1.0)
 
 
-def text_encoder(drop_rate: float = 0.1, use_mask: bool = True, pooled: bool = False) -> TextEncoder:
+def text_encoder(drop_rate: float = 0.1, use_mask: bool = True, vector: bool = False) -> TextEncoder:
     torch.manual_seed(0)
     tokenizer = WordPieceTokenizer.train(CAPTIONS, 60)
-    return TextEncoder(Tower(tokenizer.vocabulary_size), tokenizer, 6, drop_rate, use_mask, pooled=pooled)
+    return TextEncoder(Tower(tokenizer.vocabulary_size), tokenizer, 6, drop_rate, use_mask, vector=vector)
 
 
 def class_encoder(**options: Any) -> ClassEncoder:
@@ -136,7 +136,7 @@ def test_text_mask_is_passed_to_the_tower() -> None:
 
 
 def test_pooled_text_is_the_first_token_as_a_vector() -> None:
-    encoder = text_encoder(pooled=True)
+    encoder = text_encoder(vector=True)
     conditioning = Conditioner({"text": encoder})({"text": ["a fox", "an owl"]})
     assert torch.equal(conditioning.vector, conditioning.context[:, 0]) and conditioning.vector.shape == (2, 8)
     assert Conditioner({"text": encoder}).vector_dim == 8 and encoder.null(2).vector.shape == (2, 8)

@@ -29,7 +29,7 @@ class TextEncoderConfig:
     length:          tokens per text, with [CLS] and [SEP]
     vocabulary_size: the most tokens that the tokenizer may learn; the tower has as many as it did learn
     use_mask:        hide padding from the tower and from the network. Off in the paper: padding is read like words
-    pooled:          also give the result at [CLS] as `vector`, which modulates every residual block (as in SDXL and
+    vector:          also give the result at [CLS] as `vector`, which modulates every residual block (as in SDXL and
                      SD 3; not in the paper): what holds for the whole picture is then learned sooner
     """
 
@@ -44,11 +44,11 @@ class TextEncoderConfig:
     use_mask: bool = True
     dropout: float = 0.0
     field: str = "text"
-    pooled: bool = False
+    vector: bool = False
 
 
 class TextEncoder(ConditionEncoder):
-    """Texts -> `context` (B, L, D), with `use_mask` also `context_mask` (B, L), with `pooled` also `vector` (B, D).
+    """Texts -> `context` (B, L, D), with `use_mask` also `context_mask` (B, L), with `vector` also `vector` (B, D).
     Null is the empty text.
 
     `tower`: a module `tower(ids (B, L), mask (B, L) or None) -> (B, L, D)` with an attribute or property `width`.
@@ -62,11 +62,11 @@ class TextEncoder(ConditionEncoder):
         drop_rate: float = 0.1,
         use_mask: bool = True,
         field: str = "text",
-        pooled: bool = False,
+        vector: bool = False,
     ) -> None:
         width = int(tower.width)  # type: ignore[arg-type]
-        super().__init__(field, {"context": width} | ({"vector": width} if pooled else {}), drop_rate)
-        self.pooled = pooled
+        super().__init__(field, {"context": width} | ({"vector": width} if vector else {}), drop_rate)
+        self.gives_vector = vector
         self.tower = tower
         self.tokenizer = tokenizer
         self.length = length
@@ -79,7 +79,7 @@ class TextEncoder(ConditionEncoder):
         ids = ids.to(device)
         seen = mask.to(device) if self.use_mask else None
         context = self.tower(ids, seen)
-        return Conditioning(context=context, context_mask=seen, vector=context[:, 0] if self.pooled else None)
+        return Conditioning(context=context, context_mask=seen, vector=context[:, 0] if self.gives_vector else None)
 
     def null(self, batch_size: int) -> Conditioning:
         one = self.encode([""])
