@@ -73,7 +73,7 @@ def main() -> None:
     if args.solvers:
         for _ in range(2):  # interleaved, the second round is reported: the first warms the caches
             pair = [
-                measure(model, kind, False, args.count, solver=solver, steps=steps)
+                measure(model, kind, False, args.count, **(settings | {"solver": solver, "steps": steps}))
                 for kind in ("single", "pair")
                 for solver, steps in (("ddim", 50), ("dpm++2m", 15))
             ]

@@ -18,12 +18,9 @@ import yaml
 import darkroom
 from darkroom.model_io import save
 from darkroom.report import model_card
+from darkroom.train_job import SCORES
 
 BUNDLED = Path(darkroom.__file__).parent / "bundled"
-SCORES = {
-    "first_stage_psnr": ("PSNR in dB", "mean over held-out images, posterior mode, averaged weights, [-1, 1] clamped"),
-    "denoiser_validation_loss": ("denoising loss", "held-out images, 8 fixed times and fixed noise, averaged weights"),
-}
 MOST_BYTES = {"first_stage": 8 * 2**20, "rest": 6 * 2**20}
 
 

@@ -223,8 +223,8 @@ class LatentDiffusion(nn.Module):
             finite = image.flatten(1).isfinite().all(1).tolist()
             if not all(finite):
                 raise DarkroomError(
-                    f"the image of seed {request.seeds[part][finite.index(False)]} is not finite; use dtype float32, "
-                    "a lower guidance scale or more steps, or another checkpoint of the model"
+                    f"the image of seed {request.seeds[part][finite.index(False)]} is not finite; use a lower "
+                    "guidance scale or more steps, float32 weights, or another checkpoint of the model"
                 )
             latents.append(latent)
             images.append(to_uint8(image))

@@ -50,6 +50,11 @@ from darkroom.training.recipe import FirstStageChoice, Recipe
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
+# Of the summary, for the model card: name and protocol.
+SCORES = {
+    "first_stage_psnr": ("PSNR in dB", "mean over held-out images, posterior mode, averaged weights, [-1, 1] clamped"),
+    "denoiser_validation_loss": ("denoising loss", "held-out images, 8 fixed times and fixed noise, averaged weights"),
+}
 SMALL_SET = 2000  # images below which a model of this kind repeats its training pictures
 
 
@@ -114,10 +119,6 @@ def train(
                 f"{folder}: this run has seed {recipe.seed}, and a run keeps its seed; leave --seed out"
             )
     else:
-        if begun:
-            raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
-        if folder.exists() and not folder.is_dir():
-            raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
         recipe, stated = new_recipe(
             source,
             data=data,
@@ -128,8 +129,13 @@ def train(
             minutes=minutes,
             gpu=select_device(device).type == "cuda",
         )
+        if begun and not dry_run:
+            raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
+        if folder.exists() and not folder.is_dir():
+            raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
     job = _Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
+        job.say("timing a few steps of each stage")
         job.measured = of_first_rank(job.plan(measure=True), job.world)
         job.recipe = fit_minutes(job.recipe, job.measured, minutes, fixed=changes)
     if dry_run:
@@ -495,7 +501,11 @@ class _Job:
     def _card(self, model: LatentDiffusion, summary: Mapping[str, Any]) -> dict[str, Any]:
         steps = {k.removesuffix("_steps"): v for k, v in summary.items() if k.endswith("_steps") and "skipped" not in k}
         parts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
-        scores = {k: v for k, v in summary.items() if k in ("first_stage_psnr", "denoiser_validation_loss")}
+        scores = [
+            {"name": name, "value": summary[key], "protocol": protocol}
+            for key, (name, protocol) in SCORES.items()
+            if key in summary
+        ]
         info = self._model_info(summary) | {
             "image_size": self._model_info({})["defaults"]["size"],
             "channels": self.recipe.data.channels,

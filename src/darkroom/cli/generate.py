@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "emoji"
 DEFAULT_FOLDER = "generated"
 MAX_SEEDS = 100_000
+MAX_SIDE = 16_384
 _NUMBER = r"\d{1,20}"  # 2**64 has 20 digits
 _SEED_WORD = re.compile(rf"{_NUMBER}(\.\.{_NUMBER})?(,{_NUMBER}(\.\.{_NUMBER})?)*")
 
@@ -71,12 +72,12 @@ class SeedsCommand(click.Command):
 @click.option("-m", "--model", help=f"Model folder or bundled name. [default: {DEFAULT_MODEL}]")
 @click.option("--seed", "seeds", multiple=True, metavar="N...", help="Seeds: 7, or 1 2 5, or 0..15. [default: 0]")
 @click.option("-n", "--count", type=click.IntRange(1, MAX_SEEDS), help="So many images per prompt, seeds counted up.")
-@click.option("--steps", type=click.IntRange(min=1), help="Solver steps: more is slower and finer.")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and finer.")
 @click.option("--cfg-scale", type=float, help="Guidance: how closely to follow the prompt; 1 is off.")
 @click.option("--solver", help="ddim, ddpm, euler, heun or dpm++2m.")
 @click.option("--eta", type=click.FloatRange(0, 1), help="Share of fresh noise per step, for ddim.")
-@click.option("--width", type=click.IntRange(min=1), help="Pixels. [default: the model's size]")
-@click.option("--height", type=click.IntRange(min=1), help="Pixels. [default: the model's size]")
+@click.option("--width", type=click.IntRange(1, MAX_SIDE), help="Pixels. [default: the model's size]")
+@click.option("--height", type=click.IntRange(1, MAX_SIDE), help="Pixels. [default: the model's size]")
 @click.option("--negative-prompt", help="What the images should not be like.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time: more needs more memory.")
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Repeat the batch recorded in this PNG.")

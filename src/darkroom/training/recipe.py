@@ -107,7 +107,7 @@ def find_recipe(source: str, beside: Path | None = None) -> Path:
     for path in candidates:
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
-    if beside is None and len(Path(source).parts) > 1:
+    if beside is None and (len(Path(source).parts) > 1 or source.endswith(("/", "\\"))):
         raise DarkroomError(f"{source}: no such file or folder; check the path, or name a shipped recipe")
     names = recipe_names()
     if source in names:
