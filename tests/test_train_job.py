@@ -342,6 +342,14 @@ def test_overrides_of_what_a_model_brings_are_refused(run: Path, tmp_path: Path)
         train("shapes-tiny", tmp_path / "new", init_from=run / "model", overrides=overrides, quiet=True)
 
 
+def test_a_dry_run_does_not_mind_an_old_run(run: Path) -> None:
+    with pytest.raises(DarkroomError, match='did you mean "steps"'):  # and mistakes are named first
+        train("shapes-tiny", run, overrides={"step": 3}, quiet=True)
+    with pytest.raises(DarkroomError, match="already holds a run"):
+        train("shapes-tiny", run, quiet=True)
+    assert "plan" in train("shapes-tiny", run, dry_run=True, quiet=True).summary
+
+
 def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("shapes-tiny", tmp_path / "run", dry_run=True)
     output = capsys.readouterr().out
@@ -354,6 +362,7 @@ def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
     [
         ({"source": "no-such-recipe"}, "no recipe"),
         ({"source": "shapes-tinny"}, "shapes-tiny"),
+        ({"source": "nope/"}, "no such file or folder"),
         ({"source": "shapes-tiny", "overrides": {"step": 5}}, 'did you mean "steps"'),
         ({"source": "shapes-tiny", "overrides": {"first_stage.name": "x"}}, "give one of them"),
         ({"source": "shapes-tiny", "overrides": {"denoiser.network.in_channels": 7}}, "7"),

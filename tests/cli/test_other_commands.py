@@ -35,18 +35,20 @@ def test_train_hands_its_arguments_over(run: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("darkroom.train_job.train", train)
     nothing = {"data": None, "seed": None, "resume": False, "init_from": None, "first_stage": None, "minutes": None}
     assert run("train", "pictures/")[0] == 0
-    assert calls.pop() == ("pictures/", Path("runs/pictures"), nothing | {"dry_run": False, "overrides": {}})
+    rest = {"dry_run": False, "overrides": {}, "device": "auto", "threads": None}
+    assert calls.pop() == ("pictures/", Path("runs/pictures"), nothing | rest)
     assert run("train", "stopped")[0] == 130
     calls.clear()
     run(
         *("train", "shapes-tiny", "-o", "x", "--data", "d", "--seed", 3, "--resume", "--init-from", "m"),
         *("--first-stage", "f", "--minutes", 1.5, "--dry-run", "--set", "steps=60", "--set", "a.b=[1, x]"),
+        *("--device", "cpu", "--threads", 2),
     )
     source, output, options = calls.pop()
     assert (source, output) == ("shapes-tiny", Path("x"))
     assert options == {
         **{"data": "d", "seed": 3, "resume": True, "init_from": "m", "first_stage": "f", "minutes": 1.5},
-        **{"dry_run": True, "overrides": {"steps": 60, "a.b": [1, "x"]}},
+        **{"dry_run": True, "overrides": {"steps": 60, "a.b": [1, "x"]}, "device": "cpu", "threads": 2},
     }
     run("train", "--resume", "-o", "x")
     assert calls.pop()[0] is None
