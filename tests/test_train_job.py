@@ -184,6 +184,8 @@ def test_a_folder_with_classes_trains_a_class_model(tmp_path: Path) -> None:
     with pytest.raises(DarkroomError, match="'cats'"):
         model.generate(class_label="cat")
     assert "broken.png" in (tmp_path / "run" / "report.html").read_text()
+    with Image.open(tmp_path / "run" / "samples" / "denoiser-000002.png") as grid:
+        assert json.loads(grid.info["captions"]) == ["cats", "dogs"]
     continued = train(
         tmp_path / "data",
         tmp_path / "more",
@@ -485,6 +487,12 @@ def test_a_plan_fits_its_minutes() -> None:
     half = fit_minutes(recipe, plan, 10, fixed={"steps": 600})  # recipe.steps of 0.25 s were planned as one step
     assert half.steps == recipe.steps and half.first_stage.train is not None
     assert half.first_stage.train.steps == int((10 * 60 - 0.25) / 0.5)
+    with pytest.raises(DarkroomError, match="leaves nothing"):
+        fit_minutes(recipe, plan, 0.001, fixed={"steps"})
+    both = {"steps", "first_stage.train.steps"}
+    assert fit_minutes(recipe, plan, 0.001, fixed=both) == recipe  # nothing is left to choose
+    given = replace(recipe, first_stage=replace(recipe.first_stage, train=None, name="emoji"))
+    assert fit_minutes(given, replace(plan, first_stage=None), 0.001, fixed={"steps"}) == given
     rest = fit_minutes(recipe, plan, 10, fixed={"first_stage.train.steps": 1})
     assert rest.first_stage == recipe.first_stage and rest.steps == int((10 * 60 - 0.5) / 0.25)
     share = recipe.first_stage.train.objective.discriminator_start / recipe.first_stage.train.steps

@@ -269,7 +269,7 @@ def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[st
     for name, stage in (("first stage", first), ("denoiser", second)):
         if stated[name] and stage is not None and stage.seconds is not None:
             left -= stage.seconds
-    if left <= 0 and not all(stated.values()):
+    if left <= 0 and ((train is not None and not stated["first stage"]) or not (alone or stated["denoiser"])):
         taken = duration(minutes * 60 - left)
         raise DarkroomError(f"the steps that were stated take {taken} of {minutes:g} minutes: that leaves nothing")
     if train is not None and not stated["first stage"]:

@@ -383,7 +383,8 @@ class _Job:
                 except DarkroomError as error:  # not finite: the training may recover, or stops by its own rule
                     return self.say(f"warning: no samples at step {train_step}: {error}")
                 path = self.folder / "samples" / f"denoiser-{train_step:06d}.png"
-                captions = request.prompts or [str(label) for label in request.class_labels or []]
+                names = self.data.class_names or []
+                captions = request.prompts or [names[int(label)] for label in request.class_labels or []]
                 write_png(path, image_grid(images), {"captions": json.dumps(captions)})
 
         with contextlib.closing(self._batches(dataset, recipe)) as source:

@@ -182,7 +182,12 @@ class Stage(nn.ModuleList):
         return x
 
 
-def position_features(height: int, width: int, octaves: int = 3, device: torch.device | None = None) -> Tensor:
+POSITION_OCTAVES = 3
+
+
+def position_features(
+    height: int, width: int, octaves: int = POSITION_OCTAVES, device: torch.device | None = None
+) -> Tensor:
     """(1, 4 * octaves, H, W) float32: sine and cosine of the centre of each place along both axes, in periods of 4, 2,
     1, ... picture sides. Relative to the picture, so that "left" means the same at every size."""
     rows, columns = ((torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n - 0.5 for n in (height, width))
@@ -245,7 +250,7 @@ class UNet(nn.Module):
         channels = width
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
         # The only parameter beyond the official ones.
-        self.position_embed = nn.Conv2d(12, width, 1, bias=False) if c.position_embedding else None
+        self.position_embed = nn.Conv2d(4 * POSITION_OCTAVES, width, 1, bias=False) if c.position_embedding else None
         skips = [width]
         for level, mult in enumerate(c.channel_mult):
             for _ in range(c.res_blocks(level)):
