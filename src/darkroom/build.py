@@ -19,6 +19,7 @@ from darkroom.diffusion.schedules import make_schedule
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.first_stage import FirstStage
+from darkroom.first_stage.identity import IdentityAutoencoder, IdentityConfig
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
 from darkroom.networks.unet import UNet
 
@@ -29,10 +30,23 @@ ENCODERS: dict[str, type[ClassEncoderConfig] | type[TextEncoderConfig]] = {
 
 
 def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
-    """An untrained first stage (shift 0, scale 1) from the dict form of `AutoencoderConfig`."""
-    autoencoder_config = from_dict(AutoencoderConfig, {k: v for k, v in config.items() if k != "kind"}, "first_stage")
+    """An untrained first stage (shift 0, scale 1) from the dict form of `AutoencoderConfig`; of kind "identity" from its
+    number of channels. "kl" and "vq" follow from `codebook_size`; one that is stated and disagrees is an error."""
+    kind, values = config.get("kind"), {k: v for k, v in config.items() if k != "kind"}
+    if kind == "identity":
+        identity = from_dict(IdentityConfig, values, "first_stage")
+        first_stage = FirstStage(IdentityAutoencoder(identity.channels))
+        first_stage.config_dict = {"kind": kind, **to_dict(identity)}  # type: ignore[assignment]
+        return first_stage
+    autoencoder_config = from_dict(AutoencoderConfig, values, "first_stage")
+    follows = "kl" if autoencoder_config.codebook_size is None else "vq"
+    if kind not in (None, follows):
+        raise DarkroomError(
+            f'"first_stage.kind" is {kind!r} but codebook_size={autoencoder_config.codebook_size} makes it "{follows}": '
+            'remove the line (known: "kl", "vq", "identity")'
+        )
     first_stage = FirstStage(Autoencoder(autoencoder_config))
-    first_stage.config_dict = {"kind": "kl", **to_dict(autoencoder_config)}  # type: ignore[assignment]
+    first_stage.config_dict = {"kind": follows, **to_dict(autoencoder_config)}  # type: ignore[assignment]
     return first_stage
 
 

@@ -34,8 +34,9 @@ def assert_golden(actual: Tensor, case: Case, name: str) -> None:
     torch.testing.assert_close(actual.detach().contiguous(), expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def autoencoder_config(ddconfig: dict[str, Any], embed_dim: int) -> AutoencoderConfig:
-    """The official hyper-parameters in our words."""
+def autoencoder_config(ddconfig: dict[str, Any], embed_dim: int, n_embed: int | None = None) -> AutoencoderConfig:
+    """The official hyper-parameters in our words; `n_embed` is that of a VQ autoencoder."""
+    assert ddconfig["double_z"] == (n_embed is None)
     sizes = [ddconfig["resolution"] // 2**i for i in range(len(ddconfig["ch_mult"]))]
     return AutoencoderConfig(
         in_channels=ddconfig["in_channels"],
@@ -47,4 +48,6 @@ def autoencoder_config(ddconfig: dict[str, Any], embed_dim: int) -> AutoencoderC
         z_channels=ddconfig["z_channels"],
         embed_dim=embed_dim,
         dropout=ddconfig["dropout"],
+        bottleneck_attention=ddconfig.get("attn_type", "vanilla") != "none",
+        codebook_size=n_embed,
     )

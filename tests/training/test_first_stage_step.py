@@ -125,6 +125,103 @@ def test_official_loss_assembly() -> None:
     assert step.phases[1].starts_at == official["disc_start"]  # the official loss is 0 before
 
 
+def vq_step(case: Any, weight: float = 0.75) -> FirstStageStep:
+    """The official VQ objective of a golden case, with its weights."""
+    arguments = case.args
+    official = arguments["loss"]
+    config = FirstStageTrainConfig(
+        perceptual="none",
+        codebook_weight=official["codebook_weight"],
+        discriminator_start=official["disc_start"],
+        discriminator_weight=weight,
+        discriminator_layers=official["disc_num_layers"],
+        discriminator_channels=64,
+        discriminator_norm="batch",
+    )
+    model = Autoencoder(autoencoder_config(arguments["ddconfig"], arguments["embed_dim"], arguments["n_embed"]))
+    step = FirstStageStep(model, config)
+    weights = state_dict(case)
+    model.load_state_dict({k: v for k, v in weights.items() if not k.startswith("loss.")}, strict=True)
+    if step.discriminator is not None:
+        prefix = "loss.discriminator."
+        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        step.discriminator.load_state_dict(own, strict=True)
+    return step
+
+
+def test_official_vq_loss_assembly() -> None:
+    case = load_topic("autoencoder_losses")["vq_loss_assembly"]
+    given = make_inputs(case)
+    step = vq_step(case, case.args["loss"]["disc_weight"])
+    values = {name: entry.get("value") for name, entry in case.spec["outputs"].items()}
+    noise = torch.zeros(2, 3, 16, 16)
+
+    def close(actual: Tensor, expected: float) -> None:
+        assert float(actual.detach()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+    for train_step in (0, 10):
+        loss, metrics = first(step).loss(given["x"], noise, train_step)
+        expected = values[f"step{train_step}_optimizer0"]
+        close(loss, expected["total_loss"])
+        close(metrics["nll"], expected["nll_loss"])
+        close(metrics["codebook"], expected["quant_loss"])
+        close(metrics["reconstruction"], expected["rec_loss"])
+    close(metrics["adversarial"], expected["g_loss"])
+    close(metrics["adaptive_weight"], expected["d_weight"])
+    loss, metrics = step.phases[1].module({}, generator(0), 10)
+    close(loss, values["step10_optimizer1"]["disc_loss"])
+    close(metrics["logits_real"], values["step10_optimizer1"]["logits_real"])
+    close(metrics["logits_fake"], values["step10_optimizer1"]["logits_fake"])
+
+
+def test_official_gradients_through_the_quantiser() -> None:
+    case = load_topic("autoencoder_losses")["vq_loss_assembly"]
+    step = vq_step(case, weight=0.0)
+    loss, _ = first(step).loss(make_inputs(case)["x"], torch.zeros(2, 3, 16, 16), 0)
+    loss.backward()
+    codebook, last = step.autoencoder.codebook, step.autoencoder.encoder.conv_out.weight
+    assert codebook is not None and codebook.embedding.weight.grad is not None and last.grad is not None
+    case.check("grad_codebook", codebook.embedding.weight.grad)
+    case.check("grad_encoder_conv_out", last.grad)
+
+
+def test_codes_come_alive_and_their_use_is_counted() -> None:
+    """At step 0 all codes move onto the data; later those that no image chose since."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, revive_codes_every=3, discriminator_weight=0.0)
+    step = FirstStageStep(Autoencoder(replace(TINY, codebook_size=16)), config)
+    codebook = step.autoencoder.codebook
+    assert codebook is not None and step.code_use is not None and "code_use" in step.modules
+    batch = {"image": images(seed=5)}
+    _, metrics = step.phases[0].module(batch, generator(0), 0)
+    assert float(metrics["codes_used"]) > 0.6 and float(metrics["perplexity"]) > 5  # near zero it would be about one
+    assert int(step.code_use.counts.sum()) == 4 * 8 * 8
+    far = codebook.embedding.weight.detach().clone()
+    far[3:] += 1e3  # only three codes are within reach
+    with torch.no_grad():
+        codebook.embedding.weight.copy_(far)
+    step.code_use.counts.zero_()
+    for train_step in (1, 2):
+        step.phases[0].module(batch, generator(train_step), train_step)
+        assert codebook.embedding.weight.equal(far)
+    step.phases[0].module(batch, generator(3), 3)
+    assert float(codebook.embedding.weight.detach().abs().max()) < 100
+    assert int(step.code_use.counts.sum()) == 4 * 8 * 8  # counted anew
+    scores = step.validation_loss([batch])
+    assert 0 < scores["validation_codes_used"] <= 1 and scores["validation_perplexity"] >= 1
+    assert "validation_kl" not in scores
+
+
+def test_a_frozen_encoder_keeps_its_codebook() -> None:
+    config = replace(CONFIG, train_encoder=False, revive_codes_every=1, discriminator_weight=0.0)
+    step = FirstStageStep(Autoencoder(replace(TINY, codebook_size=16)), config)
+    codebook = step.autoencoder.codebook
+    assert codebook is not None
+    before = codebook.embedding.weight.detach().clone()
+    run_steps(step, make_optimizers(step), 0, 2)
+    assert codebook.embedding.weight.equal(before)
+
+
 @pytest.mark.parametrize("reconstruction", ["l1", "l2"])
 def test_gradients_are_those_of_the_whole_expression(reconstruction: Any) -> None:
     """The phase attaches gradients that it computed in parts; here the same loss is differentiated in one piece."""

@@ -1,6 +1,8 @@
-"""The KL autoencoder of the paper (Rombach et al. 2022, App. E; network of Esser et al. 2021).
+"""The autoencoders of the paper, KL and VQ (Rombach et al. 2022, sec. 3.1 and App. E; network of Esser et al. 2021).
 
-State-dict keys are those of the official checkpoints (`encoder.* decoder.* quant_conv.* post_quant_conv.*`).
+State-dict keys are those of the official checkpoints: `encoder.* decoder.* quant_conv.* post_quant_conv.*`, and
+`quantize.embedding.weight` of a VQ autoencoder. A VQ autoencoder's latent is the continuous one before quantisation;
+its decoder quantises first, so a denoiser need not produce codes.
 Shapes: B batch, C channels, H W image size, f downsampling, E latent channels (`embed_dim`), h = H/f, w = W/f.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.norm import group_norm, group_norm_silu
 from darkroom.first_stage.posterior import Posterior
+from darkroom.first_stage.quantizer import Codebook, precise
 
 NORM_EPSILON = 1e-6
 
@@ -33,6 +36,8 @@ class AutoencoderConfig:
     bottleneck_attention: bool = True
     z_channels: int = 4  # between encoder and quant_conv
     embed_dim: int = 4  # channels of the latent
+    codebook_size: int | None = None  # None: KL. A number: VQ with that many codes
+    quant_conv: bool = True  # False: no 1x1 convolutions around the latent (SD3); z_channels and embed_dim are one
     dropout: float = 0.0
     norm_groups: int = 32  # a level whose width it does not divide uses the greatest common divisor
     decoder_channels: int | None = None  # None: like the encoder
@@ -48,8 +53,12 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.quantize = None if config.codebook_size is None else Codebook(config.codebook_size, config.embed_dim)
+        self.quant_conv = self.post_quant_conv = None
+        if config.quant_conv:
+            moments = 2 if config.codebook_size is None else 1  # mean and log-variance, or the latent alone
+            self.quant_conv = nn.Conv2d(moments * config.z_channels, moments * config.embed_dim, 1)
+            self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     @property
     def downsampling(self) -> int:
@@ -64,18 +73,30 @@ class Autoencoder(nn.Module):
     def image_channels(self) -> int:
         return self.config.in_channels
 
+    @property
+    def codebook(self) -> Codebook | None:
+        """The codes of a VQ autoencoder, None for KL."""
+        return self.quantize
+
     def moments(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, 2E, h, w): [mean | logvar], logvar not clamped."""
+        """(B, C, H, W) in [-1, 1] -> [mean | logvar] (B, 2E, h, w), logvar not clamped; VQ: the latent (B, E, h, w)."""
         check_image(image, self.config.in_channels, self.downsampling)
-        return self.quant_conv(self.encoder(image))
+        h = self.encoder(image)
+        return h if self.quant_conv is None else self.quant_conv(h)
 
     def encode(self, image: Tensor) -> Posterior:
-        """(B, C, H, W) in [-1, 1] -> q(z | image) over (B, E, h, w), in float32 whatever the network runs in."""
-        return Posterior.from_moments(self.moments(image))
+        """(B, C, H, W) in [-1, 1] -> q(z | image) over (B, E, h, w), in float32 whatever the network runs in.
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """(B, E, h, w) -> (B, C, H, W), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latent))
+        VQ: the mean is the continuous latent before quantisation, and there is no variance.
+        """
+        moments = self.moments(image)
+        return Posterior(precise(moments)) if self.codebook is not None else Posterior.from_moments(moments)
+
+    def decode(self, latent: Tensor, quantize: bool = True) -> Tensor:
+        """(B, E, h, w) -> (B, C, H, W), about [-1, 1]. VQ quantises the latent first, unless `quantize` is False."""
+        if self.quantize is not None and quantize:
+            latent = self.quantize(latent)
+        return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
 
     def forward(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Posterior]:
         """The reconstruction of `image` from one sample, and the posterior."""
@@ -114,15 +135,19 @@ def _check_config(config: AutoencoderConfig) -> None:
         raise DarkroomError(
             f"attention_levels={tuple(config.attention_levels)}: channel_mult has levels 0..{levels - 1}"
         )
+    if not config.quant_conv and config.z_channels != config.embed_dim:
+        raise DarkroomError(
+            f"z_channels={config.z_channels} and embed_dim={config.embed_dim}: without quant_conv they must be equal"
+        )
     numbers = ("in_channels", "out_channels", "channels", "num_res_blocks", "z_channels", "embed_dim", "norm_groups")
-    for name in (*numbers, "decoder_channels", "decoder_num_res_blocks"):
+    for name in (*numbers, "decoder_channels", "decoder_num_res_blocks", "codebook_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise DarkroomError(f"{name}={value}: must be at least 1")
 
 
 class Encoder(nn.Module):
-    """(B, C, H, W) -> (B, 2*z_channels, h, w)."""
+    """(B, C, H, W) -> (B, 2*z_channels, h, w); for VQ (B, z_channels, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -141,7 +166,8 @@ class Encoder(nn.Module):
             self.down.append(stage)
         self.mid = Bottleneck(width, groups, config.dropout, config.bottleneck_attention)
         self.norm_out = make_norm(width, groups)
-        self.conv_out = nn.Conv2d(width, 2 * config.z_channels, 3, padding=1)
+        moments = 2 if config.codebook_size is None else 1
+        self.conv_out = nn.Conv2d(width, moments * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

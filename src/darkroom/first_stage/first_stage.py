@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Autoencoder
+from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.posterior import Posterior
 
 
@@ -26,7 +27,10 @@ class FirstStage(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, autoencoder: Autoencoder, shift: Tensor | float | None = None, scale: Tensor | float | None = None
+        self,
+        autoencoder: Autoencoder | IdentityAutoencoder,
+        shift: Tensor | float | None = None,
+        scale: Tensor | float | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -81,7 +85,7 @@ class FirstStage(nn.Module):
         """
         was_training = self.training
         self.eval()
-        device = next(self.autoencoder.parameters()).device
+        device = next(self.autoencoder.parameters(), self.shift).device
         count, mean = 0, torch.zeros(self.latent_channels, dtype=torch.float64)
         squares = torch.zeros(self.latent_channels, dtype=torch.float64)
         try:
@@ -112,7 +116,7 @@ class FirstStage(nn.Module):
         self._set(mean, 1.0 / std)
 
     def _set(self, shift: Tensor | float, scale: Tensor | float) -> None:
-        device = next(self.autoencoder.parameters()).device
+        device = next(self.autoencoder.parameters(), self.shift).device
         values = {}
         for name, value in (("shift", shift), ("scale", scale)):
             tensor = torch.as_tensor(value, dtype=torch.float32)

@@ -1,7 +1,9 @@
 """The first stage's train step: an autoencoder phase, and once it has begun a discriminator phase.
 
-Autoencoder: minimises  nll(reconstruction, perceptual) + kl_weight * KL + w * adversarial, where w balances the two
-gradients at the decoder's last layer (Rombach et al. 2022, App. G; Esser et al. 2021, eq. 6-7).
+Autoencoder: minimises  nll(reconstruction, perceptual) + regulariser + w * adversarial, where the regulariser is
+kl_weight * KL or codebook_weight * codebook loss, and w balances the gradients of nll and adversarial term at the
+decoder's last layer (Rombach et al. 2022, App. G; Esser et al. 2021, eq. 6-7). As in the official code the terms of a
+KL autoencoder are sums over an image, those of a VQ autoencoder means over elements.
 Discriminator: tells the images from the reconstructions of the same step.
 Shapes: B batch, C channels, H W size of image or crop.
 """
@@ -31,6 +33,14 @@ from darkroom.first_stage.losses import (
     reconstruction_error,
     reconstruction_nll,
 )
+from darkroom.first_stage.quantizer import (
+    code_counts,
+    codebook_loss,
+    perplexity,
+    precise,
+    revive_codes,
+    straight_through,
+)
 from darkroom.training.loop import Phase, all_parameters
 
 Batch = dict[str, Any]
@@ -47,6 +57,10 @@ class FirstStageTrainConfig:
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else "laplacian"
     perceptual_weight: float = 1.0
     kl_weight: float = 1e-6
+    codebook_weight: float = 1.0  # VQ: of the codebook loss
+    codebook_beta: float = 0.25  # VQ: of the term that moves the codes, beside the commitment of the encoder
+    revive_codes_every: int | None = None  # VQ: after this many train steps codes that were not used once are moved
+    # onto latents of the batch, and at step 0 all of them, so that the codebook begins on the data. None: never
     initial_posterior_std: float = 0.1  # of a fresh autoencoder; with the natural 1 the noise hides the latent at first
     discriminator_start: int = 50_001  # train step from which the adversarial term counts
     discriminator_weight: float = 0.5  # 0: no discriminator at all
@@ -63,16 +77,18 @@ class FirstStageTrainConfig:
         0.0  # more noise on z (its standard deviation): the decoder then forgives a denoiser's errors
     )
     flip: bool = False  # mirror each image left to right with probability 1/2
-    scale: Literal["element", "image"] = "element"  # "element" divides the official loss ("image") by C*H*W, so that
-    # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change
+    scale: Literal["element", "image"] = "element"  # "element" divides the official KL loss ("image") by C*H*W, so that
+    # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change. VQ: always means
 
 
 def quieten_posterior(autoencoder: Autoencoder, std: float) -> None:
     """Let a fresh encoder's posterior begin at about this standard deviation, by the bias of its log-variance."""
+    if autoencoder.codebook is not None:
+        return  # no variance
+    last = autoencoder.encoder.conv_out if autoencoder.quant_conv is None else autoencoder.quant_conv
     with torch.no_grad():
-        bias = autoencoder.quant_conv.bias
-        assert bias is not None
-        bias[autoencoder.latent_channels :] = 2.0 * math.log(std)
+        assert last.bias is not None
+        last.bias[autoencoder.latent_channels :] = 2.0 * math.log(std)
 
 
 class FirstStageStep:
@@ -80,14 +96,19 @@ class FirstStageStep:
 
     def __init__(self, autoencoder: Autoencoder, config: FirstStageTrainConfig) -> None:
         self.autoencoder, self.config = autoencoder, config
-        for part in (autoencoder.encoder, autoencoder.quant_conv):
-            part.requires_grad_(config.train_encoder)
+        # The codebook stays with the encoder: stored indices then keep their meaning too.
+        for part in (autoencoder.encoder, autoencoder.quant_conv, autoencoder.codebook):
+            if part is not None:
+                part.requires_grad_(config.train_encoder)
         self.perceptual = resolve_perceptual(config, autoencoder.config.out_channels)
         self.likelihood = Likelihood(config)
         self.pairs = Pairs()
         self.discriminator: Discriminator | None = None
         self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.ema_modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        self.code_use: CodeUse | None = None
+        if autoencoder.codebook is not None:
+            self.code_use = self.modules["code_use"] = CodeUse(autoencoder.codebook.size)
         if config.learn_log_variance:
             self.modules["likelihood"] = self.likelihood
         if config.discriminator_weight > 0 and config.discriminator_factor > 0:
@@ -99,7 +120,8 @@ class FirstStageStep:
             )
             self.modules["discriminator"] = self.discriminator
         distance = make_perceptual(self.perceptual)
-        first = AutoencoderPhase(autoencoder, self.likelihood, self.discriminator, distance, config, self.pairs)
+        frozen = Frozen(self.discriminator, distance, self.code_use)
+        first = AutoencoderPhase(autoencoder, self.likelihood, frozen, config, self.pairs)
         self.phases = [Phase("autoencoder", first, all_parameters([first]))]
         if self.discriminator is not None:
             second = DiscriminatorPhase(self.discriminator, config, self.pairs)
@@ -110,8 +132,11 @@ class FirstStageStep:
 
     @torch.no_grad()
     def validation_loss(self, batches: list[Batch], seed: int = 0) -> dict[str, float]:
-        """On whole images from the posterior's mode: mean PSNR in dB, absolute error, KL in nats per image."""
+        """On whole images from the posterior's mode: mean PSNR in dB, absolute error, KL in nats per image; for VQ the
+        perplexity of the codes and the share of them that occurs."""
         device = next(self.autoencoder.parameters()).device
+        codebook = self.autoencoder.codebook
+        used = None if codebook is None else torch.zeros(codebook.size, dtype=torch.int64, device=device)
         count, psnr, absolute, kl = 0, 0.0, 0.0, 0.0
         for batch in batches:
             image = batch["image"].to(device)
@@ -121,10 +146,16 @@ class FirstStageStep:
             psnr += float((10.0 * torch.log10(4.0 / error.square().mean(1).clamp_min(1e-10))).sum())
             absolute += float(error.abs().mean(1).sum())
             kl += float(posterior.kl().sum())
+            if codebook is not None:
+                used = used + code_counts(codebook.nearest(posterior.mean), codebook.size)
             count += image.shape[0]
         if count == 0:
             return {}
-        return {"psnr": psnr / count, "validation_loss": absolute / count, "validation_kl": kl / count}
+        scores = {"psnr": psnr / count, "validation_loss": absolute / count}
+        if used is None:
+            return scores | {"validation_kl": kl / count}
+        share = float((used > 0).double().mean())
+        return scores | {"validation_perplexity": float(perplexity(used)), "validation_codes_used": share}
 
 
 class Likelihood(nn.Module):
@@ -139,6 +170,26 @@ class Likelihood(nn.Module):
             self.log_variance = nn.Parameter(value)
         else:
             self.register_buffer("log_variance", value)
+
+
+class CodeUse(nn.Module):
+    """How often each code was chosen since dead codes were last looked for, on this process. Saved with checkpoints."""
+
+    counts: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What the autoencoder phase uses and does not train. No modules of the phase, so that they are neither averaged,
+    nor synchronised, nor saved with it."""
+
+    discriminator: Discriminator | None
+    perceptual: nn.Module | None
+    code_use: CodeUse | None
 
 
 class Pairs:
@@ -161,21 +212,20 @@ class Pairs:
 
 
 class AutoencoderPhase(nn.Module):
-    """One forward for DDP. Submodules are what this phase trains; discriminator and perceptual network are none."""
+    """One forward for DDP. Submodules are what this phase trains."""
 
     def __init__(
         self,
         autoencoder: Autoencoder,
         likelihood: Likelihood,
-        discriminator: Discriminator | None,
-        perceptual: nn.Module | None,
+        frozen: Frozen,
         config: FirstStageTrainConfig,
         pairs: Pairs,
     ) -> None:
         super().__init__()
         self.autoencoder, self.likelihood, self.config, self.pairs = autoencoder, likelihood, config, pairs
-        # In a tuple they are no submodules: neither averaged, nor synchronised, nor saved with this phase.
-        self._frozen = (discriminator, perceptual)
+        self._frozen = frozen
+        self._revived_at = -1
 
     def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.autoencoder.parameters()).device
@@ -185,34 +235,45 @@ class AutoencoderPhase(nn.Module):
         image = augment(batch["image"].to(device), config, generator)
         f, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
         shape = (image.shape[0], channels, image.shape[2] // f, image.shape[3] // f)
-        return self.loss(image, torch.randn(shape, generator=generator).to(image), train_step)
+        noise = torch.randn(shape, generator=generator).to(image)
+        every = config.revive_codes_every
+        if self._frozen.code_use is not None and config.train_encoder and every and train_step % every == 0:
+            self._revive(image, train_step, generator)
+        return self.loss(image, noise, train_step)
 
     def loss(self, image: Tensor, noise: Tensor, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective for one draw of the posterior's noise, (B, E, h, w). Its gradient at the reconstruction is
         computed here and attached, so that the perceptual network and the discriminator run backward only once: the
         adaptive weight needs their gradients apart from each other before the autoencoder's backward pass begins."""
-        config = self.config
-        discriminator, perceptual = self._frozen
+        config, codebook = self.config, self.autoencoder.codebook
+        discriminator, perceptual = self._frozen.discriminator, self._frozen.perceptual
         posterior = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
         z = posterior.sample_with(noise)
         if config.decoder_noise > 0:  # one draw of the joint variance: std^2 + decoder_noise^2
             z = posterior.mean + torch.sqrt(posterior.variance + config.decoder_noise**2) * noise
-        output = self.autoencoder.decode(z)
+        if codebook is None:
+            output = self.autoencoder.decode(z)
+        else:
+            indices = codebook.nearest(z)
+            quantised = codebook.lookup(indices)
+            output = self.autoencoder.decode(straight_through(z, quantised), quantize=False)
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
-        leaf = _precise(output.detach()).requires_grad_()
+        leaf = precise(output.detach()).requires_grad_()
         adversarial = distance = None
         if discriminator is not None and factor > 0:
-            adversarial = adversarial_loss(_precise(discriminator(leaf)))
+            adversarial = adversarial_loss(precise(discriminator(leaf)))
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
         with torch.autocast(image.device.type, enabled=False):
-            error = reconstruction_error(_precise(image), leaf, config.reconstruction)
+            error = reconstruction_error(precise(image), leaf, config.reconstruction)
             metrics = {"reconstruction": error.detach().mean()}
             if distance is not None:
                 metrics["perceptual"] = distance.detach().mean()
-                error = error + config.perceptual_weight * _precise(distance).view(-1, 1, 1, 1)
+                error = error + config.perceptual_weight * precise(distance).view(-1, 1, 1, 1)
             log_variance = self.likelihood.log_variance
-            nll = reconstruction_nll(error, log_variance.detach())
+            # VQ: means over elements instead of sums, before the adaptive weight is taken.
+            unit = 1.0 if codebook is None else 1.0 / image[0].numel()
+            nll = reconstruction_nll(error, log_variance.detach()) * unit
             (gradient,) = torch.autograd.grad(nll, leaf)
             total = nll.detach()
             if adversarial is not None:
@@ -222,14 +283,44 @@ class AutoencoderPhase(nn.Module):
                 total = total + weight * factor * adversarial.detach()
                 metrics |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
                 self.pairs.push(train_step, image, leaf)
-            kl = posterior.kl().mean()
-            loss = _WithGradient.apply(output, gradient, total) + config.kl_weight * kl
+            loss = _WithGradient.apply(output, gradient, total)
+            metrics["nll"] = nll.detach()
+            if codebook is None:
+                kl = posterior.kl().mean()
+                loss = loss + config.kl_weight * kl
+                metrics["kl"] = kl.detach()
+            else:
+                movement = codebook_loss(posterior.mean, precise(quantised), config.codebook_beta)
+                loss = loss + config.codebook_weight * movement
+                counts = code_counts(indices, codebook.size)
+                metrics |= {"codebook": movement.detach(), "perplexity": perplexity(counts)}
+                metrics["codes_used"] = (counts > 0).float().mean()
+                if self._frozen.code_use is not None:
+                    self._frozen.code_use.counts += counts.to(self._frozen.code_use.counts.device)
             if config.learn_log_variance:
-                learned = reconstruction_nll(error.detach(), log_variance)
+                learned = reconstruction_nll(error.detach(), log_variance) * unit
                 loss = loss + (learned - learned.detach())
                 metrics["log_variance"] = log_variance.detach()
-            metrics |= {"nll": nll.detach(), "kl": kl.detach()}
-            return loss * _scale(config, image), metrics
+            return loss * (_scale(config, image) if codebook is None else 1.0), metrics
+
+    @torch.no_grad()
+    def _revive(self, image: Tensor, train_step: int, generator: torch.Generator) -> None:
+        """Dead codes begin again on latents of this batch. Several processes count together, and take the codes that
+        the first one chose."""
+        codebook, use = self.autoencoder.codebook, self._frozen.code_use
+        assert codebook is not None and use is not None
+        if train_step == self._revived_at:  # a later micro-batch of the step
+            return
+        self._revived_at = train_step
+        counts = torch.zeros_like(use.counts) if train_step == 0 else use.counts.clone()
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several:
+            torch.distributed.all_reduce(counts)
+        z = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last)).mean
+        revive_codes(codebook, counts, z, generator)
+        if several:
+            torch.distributed.broadcast(codebook.embedding.weight, 0)
+        use.counts.zero_()
 
     def _adaptive_weight(self, output: Tensor, gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
         """From the gradients at decoder.conv_out.weight; averaged over processes first, so that all of them use the
@@ -239,7 +330,7 @@ class AutoencoderPhase(nn.Module):
             torch.autograd.grad(output, last, g.to(output.dtype), retain_graph=True)[0]
             for g in (gradient, adversarial_gradient)
         ]
-        gradients = _precise(torch.stack(both))
+        gradients = precise(torch.stack(both))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradients)
             gradients /= torch.distributed.get_world_size()
@@ -261,7 +352,7 @@ class DiscriminatorPhase(nn.Module):
         else:  # batch norm: images and reconstructions are normalised apart, as in the official code
             real, fake = self.discriminator(image), self.discriminator(reconstruction)
         with torch.autocast(image.device.type, enabled=False):
-            real, fake = _precise(real), _precise(fake)
+            real, fake = precise(real), precise(fake)
             factor = delayed(self.config.discriminator_factor, train_step, self.config.discriminator_start)
             loss = factor * discriminator_loss(real, fake, self.config.discriminator_loss)
         return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
@@ -313,11 +404,6 @@ def make_perceptual(name: Literal["laplacian", "vgg", "none"]) -> nn.Module | No
     if name == "vgg":
         return load_lpips()
     return NormalisedLaplacianDistance() if name == "laplacian" else None
-
-
-def _precise(t: Tensor) -> Tensor:
-    """float32, or float64 if it is that already."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _scale(config: FirstStageTrainConfig, image: Tensor) -> float:
