@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "darkroom"
 
 # Helpers that any layer may use; among themselves they only go downwards in this order.
-FOUNDATION = ("errors", "config", "safe_files", "safe_pickle")
+FOUNDATION = ("errors", "pixel_format", "config", "safe_files", "safe_pickle")
 
 # layer: the layers it may import besides itself and the foundation.
 ALLOWED: dict[str, set[str]] = {
