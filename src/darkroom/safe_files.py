@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ _DTYPES = {
     "BOOL": (1, "bool"),
 }
 _DTYPE_NAMES = {torch_name: name for name, (_, torch_name) in _DTYPES.items()}
+TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}  # "BF16": "bfloat16"
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -172,15 +173,19 @@ def natural_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def read_safetensors(path: Path | str) -> dict[str, Tensor]:
-    """All tensors, on the CPU, in the dtype they are stored in. The header is checked before memory is taken."""
+def read_safetensors(path: Path | str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """All tensors, or those of these names, on the CPU, in the dtype they are stored in.
+
+    The header is checked before memory is taken.
+    """
     import torch
 
     path = Path(path)
     with open_for_reading(path) as (file, size):
         header = _parse_header(path, file, size)
+        chosen = header.tensors if names is None else {name: header.tensors[name] for name in names}
         tensors: dict[str, Tensor] = {}
-        for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].start):
+        for name, entry in sorted(chosen.items(), key=lambda item: item[1].start):
             raw = _read_bytes(file, entry.start, entry.end - entry.start)
             if raw is None:
                 raise DarkroomError(f"{path} became shorter while it was read; try again")
@@ -296,6 +301,30 @@ def sha256_of(path: Path | str) -> str:
     path = Path(path)
     with open_for_reading(path) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_file(destination: Path | str, replaces: Callable[[Path], bool] = lambda old: False) -> Iterator[Path]:
+    """A temporary path to write; on success it takes the place of `destination` in one rename, else it vanishes.
+
+    A file that is already there is replaced only if `replaces(old)` agrees.
+    """
+    destination = Path(os.path.realpath(destination))
+    if destination.is_dir():
+        raise DarkroomError(f"cannot save to {destination}: it is a folder, the name of a file was expected")
+    if destination.exists() and not replaces(destination):
+        raise DarkroomError(f"cannot save to {destination}: another file has that name; choose a new name")
+    temporary = _temporary_beside(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, destination)
+        _sync(destination.parent)
+    except OSError as error:
+        raise save_error(destination, error) from None
+    finally:
+        discard(temporary)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 torch writes a zip with `data.pkl` (the structure) and one uncompressed entry per storage (the numbers). A pickle is
 a small program; here its instructions are carried out on plain containers and tensors only, and a name that tensors and
-dictionaries do not need is refused and shown.
+dictionaries do not need is refused and shown. Numbers can be left in the file until they are wanted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import pickletools
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from darkroom.errors import DarkroomError
 from darkroom.safe_files import natural_numbers, open_for_reading
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
 # Stable Diffusion's 4 GB file has a pickle of 1 MB; the limit only stops absurd ones.
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -38,7 +38,23 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_ITEM_BYTES = {
+    **dict.fromkeys(("float64", "int64"), 8),
+    **dict.fromkeys(("float32", "int32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
+    **dict.fromkeys(("int8", "uint8", "bool"), 1),
+}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+# What Lightning notes about its callbacks in official checkpoints. Such objects are stepped over: nothing is imported,
+# called or kept of them.
+_BOOKKEEPING = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +68,45 @@ class _Global:
         return f"{self.module}.{self.name}"
 
 
+class _SteppedOver:
+    """Stands where an object of a training program's bookkeeping was."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a checkpoint whose numbers have not been read: a strided view of a storage."""
+
+    storage: str
+    dtype: str  # torch's name of it
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 def read_checkpoint(path: Path | str) -> Any:
     """The object in a torch zip file (.ckpt, .pt, .pth, .bin): nested plain containers of tensors, on the CPU.
 
     Nothing in the file is executed: a name other than those that tensors and dictionaries need is refused and shown.
     """
+    return _open(path, lambda checkpoint: checkpoint.load(checkpoint.tensor))
+
+
+def read_structure(path: Path | str) -> Any:
+    """As `read_checkpoint`, with a `StoredTensor` in the place of every tensor: no numbers are read."""
+    return _open(path, lambda checkpoint: checkpoint.load(lambda stored: stored))
+
+
+def read_stored(path: Path | str, wanted: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """These tensors of a checkpoint; `wanted` comes from `read_structure` of the same file."""
+
+    def read(checkpoint: _TorchZip) -> dict[str, Tensor]:
+        return {name: checkpoint.tensor(stored) for name, stored in wanted.items()}
+
+    result: dict[str, Tensor] = _open(path, read)
+    return result
+
+
+def _open(path: Path | str, read: Callable[[_TorchZip], Any]) -> Any:
     path = Path(path)
     with open_for_reading(path) as (file, size):
         if size == 0:
@@ -69,7 +119,7 @@ def read_checkpoint(path: Path | str) -> Any:
             raise DarkroomError(f"{path} is not a checkpoint: neither a torch zip file nor a safetensors file")
         try:
             with zipfile.ZipFile(file) as archive:
-                return _TorchZip(path, archive, size).load()
+                return read(_TorchZip(path, archive, size))
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
             raise DarkroomError(f"{path} is damaged or truncated ({error}); copy or download it again") from None
 
@@ -94,8 +144,10 @@ class _TorchZip:
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, size: int) -> None:
         self.path, self.archive, self.size = path, archive, size
-        self.storages: dict[str, tuple[Tensor, dtype]] = {}
-        self.bytes_read = 0
+        self.sizes: dict[str, int] = {}  # bytes of each storage that the pickle names
+        self.kinds: dict[str, str] = {}
+        self.storages: dict[str, Tensor] = {}
+        self.bytes_named = 0
         names = archive.namelist()
         pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1 or len(set(names)) != len(names):
@@ -105,69 +157,96 @@ class _TorchZip:
         if f"{self.prefix}constants.pkl" in names:
             raise DarkroomError(f"{path} is a TorchScript program, not a checkpoint; save its state_dict instead")
 
-    def load(self) -> Any:
+    def load(self, leaf: Callable[[StoredTensor], Any]) -> Any:
+        """The object, with `leaf(stored)` for each tensor."""
         byte_order = f"{self.prefix}byteorder"
         if byte_order in self.archive.namelist() and self._entry(byte_order) != b"little":
             raise DarkroomError(f"{self.path} was written on a big-endian machine, which is not supported")
         if self.archive.getinfo(self.pickle).file_size > MAX_PICKLE_BYTES:
             raise DarkroomError(f"{self.path} holds a pickle of more than {MAX_PICKLE_BYTES >> 20} MB; not a model")
-        return _interpret(self.path, io.BytesIO(self._entry(self.pickle)), self._storage, self._rebuild)
 
-    def _entry(self, name: str) -> bytes:
+        def rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
+            return leaf(self._stored(storage, offset, shape, stride))
+
+        return _interpret(self.path, io.BytesIO(self._entry(self.pickle)), self._storage, rebuild)
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        """The directory entry of a file in the archive, checked."""
         info = self.archive.getinfo(name)
         # torch never compresses: a compressed or overlapping entry is how a small file becomes a memory bomb.
-        self.bytes_read += info.file_size
-        if info.compress_type != zipfile.ZIP_STORED or self.bytes_read > self.size:
+        self.bytes_named += info.file_size
+        if info.compress_type != zipfile.ZIP_STORED or self.bytes_named > self.size:
             raise DarkroomError(f"{self.path} holds compressed or overlapping entries, which torch never writes")
-        return self.archive.read(info)
+        return info
 
-    def _storage(self, pickle_id: Any) -> tuple[Tensor, dtype]:
-        """('storage', type, key, location, number of elements) -> flat bytes (n,) and the dtype to see them in."""
-        import torch
+    def _entry(self, name: str) -> bytes:
+        return self.archive.read(self._info(name))
 
+    def _storage(self, pickle_id: Any) -> str:
+        """('storage', type, key, location, number of elements) -> the key; size and type are noted."""
         match pickle_id:
             case ("storage", _Global(module="torch", name=kind), str(key), _, int(_)) if kind in _STORAGES:
                 pass
             case _:
                 raise DarkroomError(f"{self.path} refers to something that is not a tensor storage; not a model")
-        if key not in self.storages:
+        if key not in self.sizes:
             try:
-                data = self._entry(f"{self.prefix}data/{key}")
+                self.sizes[key] = self._info(f"{self.prefix}data/{key}").file_size
             except KeyError:
                 raise DarkroomError(f"{self.path} is damaged: storage {key} is missing") from None
-            self.storages[key] = (
-                torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
-                getattr(torch, _STORAGES[kind]),
-            )
-        raw, dtype = self.storages[key]
-        if dtype != getattr(torch, _STORAGES[kind]):
+            self.kinds[key] = _STORAGES[kind]
+        if self.kinds[key] != _STORAGES[kind]:
             raise DarkroomError(f"{self.path} is damaged: storage {key} has two types")
-        return raw, dtype
+        return key
 
-    def _rebuild(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
+    def _stored(self, key: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
         """torch._utils._rebuild_tensor_v2: a strided view that must lie inside its storage."""
-        import torch
-
         if not (
-            isinstance(storage, tuple)
-            and len(storage) == 2
-            and isinstance(storage[0], torch.Tensor)
+            isinstance(key, str)
+            and key in self.sizes
             and isinstance(shape, tuple)
             and isinstance(stride, tuple)
             and len(shape) == len(stride) <= 8
             and natural_numbers([offset, *shape, *stride])
         ):
             raise DarkroomError(f"{self.path} is damaged: a tensor has no valid shape")
-        raw, dtype = storage
-        if raw.numel() % dtype.itemsize:
+        kind = self.kinds[key]
+        length, rest = divmod(self.sizes[key], _ITEM_BYTES[kind])
+        if rest:
             raise DarkroomError(f"{self.path} is damaged: a storage ends within an element")
-        flat = (raw != 0) if dtype == torch.bool else raw.view(dtype)
         numel = math.prod(shape)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if numel else 0
-        if numel > flat.numel() or last >= max(flat.numel(), 1):
+        if numel > length or last >= max(length, 1) or (numel == 0 and max(shape, default=0) >= 2**62):
             raise DarkroomError(f"{self.path} is damaged: a tensor of shape {shape} lies outside its storage")
-        tensor: Tensor = flat.as_strided(shape, stride, offset) if numel else flat.new_empty(shape)
-        return tensor
+        return StoredTensor(key, kind, shape, stride, offset)
+
+    def tensor(self, stored: StoredTensor) -> Tensor:
+        """The numbers. Tensors of one storage share it."""
+        import torch
+
+        dtype = getattr(torch, stored.dtype)
+        if stored.storage not in self.storages:
+            self.storages[stored.storage] = self._read(f"{self.prefix}data/{stored.storage}")
+        raw = self.storages[stored.storage]
+        flat = (raw != 0) if dtype == torch.bool else raw.view(dtype)
+        if not math.prod(stored.shape):
+            return flat.new_empty(stored.shape)
+        return flat.as_strided(stored.shape, stored.stride, stored.offset)
+
+    def _read(self, name: str) -> Tensor:
+        """(n,) uint8: a storage, read into its final place."""
+        import torch
+
+        info = self.archive.getinfo(name)
+        raw = torch.empty(info.file_size, dtype=torch.uint8)
+        view = raw.numpy().data
+        with self.archive.open(info) as file:
+            while view:
+                done = file.readinto(view)  # type: ignore[attr-defined]
+                if not done:
+                    raise EOFError(f"{name} ends early")
+                view = view[done:]
+        return raw
 
 
 def _interpret(
@@ -203,7 +282,8 @@ def _interpret(
 
     def refer(module: Any, name: Any) -> _Global:
         reference = _Global(str(module), str(name))
-        if str(reference) in callables or (module == "torch" and name in _STORAGES):
+        known = str(reference) in callables or str(reference) in _BOOKKEEPING
+        if known or (module == "torch" and name in _STORAGES):
             return reference
         raise DarkroomError(
             f"{path} is refused: its pickle wants to import {reference}, which could run code; "
@@ -211,6 +291,8 @@ def _interpret(
         )
 
     def call(function: Any, arguments: Any) -> Any:
+        if isinstance(function, _Global) and str(function) in _BOOKKEEPING:
+            return _SteppedOver()
         if not (isinstance(function, _Global) and str(function) in callables and isinstance(arguments, tuple)):
             raise damaged("it calls something that is not a function")
         try:
@@ -232,6 +314,8 @@ def _interpret(
         if not isinstance(target, dict) or len(pairs) % 2:
             raise damaged("entries outside a dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if isinstance(key, _Global):  # Lightning's callbacks are listed by class
+                key = str(key)
             # Only keys whose hash is computed without recursion: a nest of a million tuples would overflow the C stack.
             if not isinstance(key, str | int | float | bytes | None):
                 raise damaged("a dictionary key that is not a name or a number")
@@ -317,7 +401,7 @@ def _interpret(
                 case "BUILD":
                     # Attributes of a dictionary (a state_dict's `_metadata`) carry no weights and are dropped.
                     stack.pop()
-                    if not isinstance(stack[-1], OrderedDict):
+                    if not isinstance(stack[-1], OrderedDict | _SteppedOver):
                         raise damaged("state for something that is not a dictionary")
                 case other:
                     raise damaged(f"opcode {other}")
@@ -336,6 +420,14 @@ def tensor_table(content: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: its `state_dict` if it has one, else its own entries."""
     import torch
 
+    return {name: value for name, value in _table(content) if isinstance(value, torch.Tensor)}
+
+
+def stored_table(content: Any) -> dict[str, StoredTensor]:
+    """`tensor_table` of what `read_structure` gives."""
+    return {name: value for name, value in _table(content) if isinstance(value, StoredTensor)}
+
+
+def _table(content: Any) -> Iterator[tuple[str, Any]]:
     table = content.get("state_dict", content) if isinstance(content, dict) else {}
-    items = table.items() if isinstance(table, dict) else ()
-    return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
+    yield from ((str(name), value) for name, value in (table.items() if isinstance(table, dict) else ()))

@@ -1,0 +1,60 @@
+"""Weight files of either kind, looked at before they are read: names, shapes and dtypes first, numbers on demand.
+
+So the first stage of a 4 GB checkpoint costs the memory of a first stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from darkroom.errors import DarkroomError
+from darkroom.safe_files import TORCH_NAMES, read_safetensors, read_safetensors_header
+from darkroom.safe_pickle import StoredTensor, read_stored, read_structure, stored_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A weight file. `shapes` and `dtypes` (torch's names) by tensor; `notes`: the strings stored beside them."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    notes: dict[str, str]
+    stored: dict[str, StoredTensor] | None  # None: safetensors
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, on the CPU, in the dtype they are stored in."""
+        names = list(names)
+        if self.stored is None:
+            return read_safetensors(self.path, names)
+        return read_stored(self.path, {name: self.stored[name] for name in names})
+
+
+def is_weight_file(path: Path) -> bool:
+    return path.suffix.lower() in (SAFETENSORS, *PICKLED)
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Reads the header, or the pickle without its numbers; nothing in the file is executed."""
+    if path.suffix.lower() == SAFETENSORS:
+        header = read_safetensors_header(path)
+        shapes = {name: entry.shape for name, entry in header.tensors.items()}
+        dtypes = {name: TORCH_NAMES[entry.dtype] for name, entry in header.tensors.items()}
+        return TensorFile(path, shapes, dtypes, header.metadata, None)
+    if not is_weight_file(path):
+        raise DarkroomError(f"{path} is not a weight file; known are {', '.join((SAFETENSORS, *PICKLED))}")
+    content = read_structure(path)
+    stored = stored_table(content)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    notes = {k: v for k, v in content.items() if isinstance(v, str)} if isinstance(content, dict) else {}
+    return TensorFile(path, shapes, dtypes, notes, stored)
