@@ -181,7 +181,7 @@ class Planner:
         if train is not None:
             assert first_stage is not None
             stage = self._stage(
-                train, first_stage, lambda: FirstStageStep(first_stage.autoencoder, train.objective), measure
+                train, first_stage, lambda: FirstStageStep(first_stage.trainable, train.objective), measure
             )
         both = nn.ModuleList([self.denoiser, self.conditioner])
         denoiser = self._stage(
@@ -207,7 +207,7 @@ class Planner:
         one = LoopConfig(batch_size=1)
         train = self.recipe.first_stage.train
         if train is not None and self.first_stage is not None:
-            self._forward(FirstStageStep(self.first_stage.autoencoder, train.objective), one)
+            self._forward(FirstStageStep(self.first_stage.trainable, train.objective), one)
         if self.recipe.steps > 0:
             self._forward(DenoiserStep(self.denoiser, self.conditioner, self.first_stage, self.recipe.objective), one)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.config import merge, with_overrides
+from darkroom.data.locations import is_shapes, part_of
 from darkroom.errors import DarkroomError
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load
@@ -104,7 +105,7 @@ def found_at(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
     if moved is not None:
         return moved
     changed = merge(settings, {"source": place})
-    if isinstance(changed.get("validation"), str):
+    if isinstance(changed.get("validation"), (str, list)):
         del changed["validation"]
     return changed
 
@@ -121,22 +122,30 @@ def _under_root(settings: Mapping[str, Any], root: str, relative_only: bool = Fa
     if relative_only and any(Path(name).is_absolute() for name in names):
         return None
     places = [_place(root, name) for name in names]
-    if not all(glob(place) for place in places):
+    files = [part_of(place)[0] for place in places if not is_shapes(place)]
+    if not files or not all(map(glob, files)):
         return None
     moved: dict[str, Any] = {"source": places}
-    if isinstance(settings.get("validation"), str):
-        moved["validation"] = _place(root, settings["validation"])
+    validation = settings.get("validation")
+    if isinstance(validation, str):
+        moved["validation"] = _place(root, validation)
+    if isinstance(validation, list):
+        moved["validation"] = [_place(root, str(name)) for name in validation]
     return merge(settings, moved)
 
 
 def _place(root: str, name: str) -> str:
     """Where a file of the recipe lies below `root`. Absolute names are those of a run's resolved recipe: the file was
     moved, with or without the folder around it."""
-    path = Path(name)
-    if not path.is_absolute():
-        return str(Path(root) / name)
-    together = Path(root) / path.parent.name / path.name
-    return str(together if glob(str(together)) else Path(root) / path.name)
+    location, count = part_of(name)
+    if is_shapes(location):
+        return name
+    path = Path(location)
+    place = Path(root) / path
+    if path.is_absolute():
+        together = Path(root) / path.parent.name / path.name
+        place = together if glob(str(together)) else Path(root) / path.name
+    return str(place) if count is None else f"{place}@{count}"
 
 
 def _parts_of_model(path: str) -> dict[str, Any]:

@@ -323,8 +323,8 @@ class _Job:
             first_stage = load_first_stage(config.init_from, self.device).requires_grad_(True)
         else:
             first_stage = build_first_stage(to_dict(config.autoencoder))
-            quieten_posterior(first_stage.autoencoder, config.objective.initial_posterior_std)
-        step = FirstStageStep(first_stage.autoencoder, config.objective)
+            quieten_posterior(first_stage.trainable, config.objective.initial_posterior_std)
+        step = FirstStageStep(first_stage.trainable, config.objective)
         batches = self._validation_batches(self.validation if len(self.validation) else self.data)
         shown = torch.cat([b["image"] for b in batches])[:8]
 

@@ -19,8 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from darkroom.data.records import Reading, Record, label_by_folder, read_parts, read_whole, reason_of
 from darkroom.data.sources import DataConfig, ImageDataset
-from darkroom.data.transforms import RULE_VERSION, crop_box, crop_boxes, labels_to_network, to_network
+from darkroom.data.transforms import RULE_VERSION, crop_box, crop_boxes, decode, labels_to_network
 from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat
 
 IN_MEMORY_BYTES = 1_500_000_000  # decoded sets up to this size are decoded once, when they are opened
 
@@ -44,7 +45,8 @@ class PictureDataset(ImageDataset):
         self.fields = ("image", *self._extra)
         width, height = self.size
         maps = "segmentation" in self._extra
-        self.in_memory = len(self._records) * width * height * (config.channels + maps) <= in_memory_bytes
+        bytes_each = width * height * (config.channels * self.pixels.bits // 8 + maps)
+        self.in_memory = len(self._records) * bytes_each <= in_memory_bytes
         if self.in_memory:
             self._decode_all()
         elif self._records:
@@ -148,10 +150,8 @@ class PictureDataset(ImageDataset):
     # --- decoding ---
 
     def _decode(self, record: Record) -> Decoded:
-        with Image.open(io.BytesIO(record.image.read())) as picture:
-            image = to_network(picture, self.size, self.config.channels, self.config.background)
-            turned = picture.getexif().get(0x0112, 1) >= 5
-            shape = picture.size[::-1] if turned else picture.size
+        config = self.config
+        image, shape = decode(record.image.read(), self.size, config.channels, self.pixels, config.background)
         maps = None
         if "segmentation" in self._extra and record.segmentation is not None:
             with Image.open(io.BytesIO(record.segmentation.read())) as picture:
@@ -171,17 +171,19 @@ class PictureDataset(ImageDataset):
             return self._decode(record)
         except UnidentifiedImageError:
             return "not a picture in a known format"
+        except DarkroomError:  # a library is missing: no other picture of this kind can be read either
+            raise
         except Exception as error:  # whatever a damaged file makes a decoder raise, it is only one picture
             return reason_of(error)
 
     def _decode_all(self) -> None:
         width, height = self.size
         count = len(self._records)
-        images = np.empty((count, self.config.channels, height, width), np.uint8)
+        images = np.empty((count, self.config.channels, height, width), np.dtype(self.pixels.dtype))
         maps = np.empty((count, height, width), np.uint8) if "segmentation" in self._extra else None
         self._boxes: list[np.ndarray] = []
         kept: list[Record] = []
-        for record, result in zip(self._records, _in_threads(self._try, self._records), strict=True):
+        for record, result in zip(self._records, in_threads(self._try, self._records), strict=True):
             if isinstance(result, str):
                 self.problems.append((record.name, result))
                 continue
@@ -218,6 +220,8 @@ class PictureDataset(ImageDataset):
         config = self.config
         total = hashlib.sha256()
         facts = [RULE_VERSION, self.size, config.channels, config.background, self.class_names, list(self._extra)]
+        if self.pixels != PixelFormat():  # caches of 8-bit pictures made before there were others keep their key
+            facts.append(self.pixels.to_dict())
         total.update(json.dumps(facts).encode())
         for index, record in enumerate(self._records):
             content = [record.key, record.text, record.label, record.boxes]
@@ -242,7 +246,7 @@ def _split(config: DataConfig, split: str) -> tuple[Reading, list[Reading]]:
     if isinstance(config.validation, str):
         validation = read_whole(config.validation)
         readings = [train, validation]
-    elif not 0 <= config.validation < 1:
+    elif isinstance(config.validation, list) or not 0 <= config.validation < 1:
         raise DarkroomError(f"validation={config.validation} is not a share; give a number in [0, 1) or a path")
     chosen = train if split == "train" else validation
     if validation is None:  # the source does not divide itself
@@ -258,6 +262,11 @@ def _split(config: DataConfig, split: str) -> tuple[Reading, list[Reading]]:
             f"{config.source}: no training examples are left; check `exclude`, `limit` and `validation`"
         )
     return Reading(records, chosen.problems, chosen.class_names, chosen.box_names), readings
+
+
+def training_records(config: DataConfig) -> list[Record]:
+    """The samples of the training split, before any is decoded."""
+    return _split(config, "train")[0].records
 
 
 def _position(key: str) -> float:
@@ -322,7 +331,7 @@ def _box_rows(boxes: list[dict[str, Any]], names: list[str]) -> np.ndarray:
     return np.array(rows, np.float32).reshape(-1, 5)
 
 
-def _in_threads(function: Any, items: list[Any], chunk: int = 256) -> Iterator[Any]:
+def in_threads(function: Any, items: list[Any], chunk: int = 256) -> Iterator[Any]:
     """map() in threads (Pillow decodes without the interpreter lock), never more than `chunk` results ahead."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), chunk):

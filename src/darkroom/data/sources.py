@@ -1,6 +1,6 @@
 """Where examples come from: `DataConfig`, `open_dataset`, and the datasets behind them.
 
-An example is a dict; its `image` is uint8 (C, H, W), its other fields are those of a batch:
+An example is a dict; its `image` is (C, H, W) in the type of `data.pixels`, its other fields are those of a batch:
 `text` str; `class_label` int; `boxes` float32 (n, 5) of class, x0, y0, x1, y1; `segmentation` int64 (H, W).
 """
 
@@ -11,31 +11,38 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from darkroom.data import shapes
+from darkroom.data.locations import is_mixture, is_shapes, part_of
 from darkroom.data.transforms import flip_example
 from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat
 
 SPLITS = ("train", "validation")
+SYNTHETIC = ("phantoms16", "bands6")  # drawn by `synthetic`
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What to train on.
 
-    source: "shapes" (or "shapes:single", "shapes:pair"), an image folder, a tar or tar.gz shard, a glob of shards, a
-        folder of shards, or a list of these.
+    source: "shapes" (or "shapes:single", "shapes:pair"), "phantoms16", "bands6", an image folder, a tar or tar.gz
+        shard, a glob of shards, a folder of shards, or a list of these. "PATH@COUNT" takes at most COUNT examples of a source.
     size: what the network sees, pixels; an int for a square or (width, height).
-    channels: 3, or 1 for grey.
-    count: number of scenes of `shapes` in the train split (a tenth of it, 1000 at most, in validation).
-    validation: a share in [0, 1) of the examples, chosen by a hash of their keys; or a path or glob that holds them.
+    channels: 3, 1 for grey, or as many as the images have.
+    pixels: type of the numbers that the model works on and gives back: "uint8", "uint16", "float32", or "auto" for what
+        the files hold.
+    value_range: [low, high], the values that are black and white; what lies outside is clipped. None: all that an
+        integer type holds; for float32 the least and the greatest value of the training images.
+    count: number of scenes of a procedural source in the train split (a tenth of it, 1000 at most, in validation).
+    validation: a share in [0, 1) of the examples, chosen by a hash of their keys; or paths or globs that hold them.
         A source with its own train and validation parts (sub-folders or shard names) uses those instead of a share.
     exclude: examples whose JSON metadata has one of these values under the key are left out: {"group": ["component"]}.
     limit: use at most this many examples of a split (chosen by hash, not the first ones).
-    seed: of `shapes`.
+    seed: of the procedural sources.
     flip: each example is mirrored with probability 1/2 when it is drawn for training.
     random_crop: train on random rectangles of this size out of the `size` picture; an int or (width, height).
     background: colour under transparent pixels.
@@ -45,8 +52,10 @@ class DataConfig:
     source: str | list[str] = "shapes"
     size: int | tuple[int, int] = 64
     channels: int = 3
+    pixels: Literal["uint8", "uint16", "float32", "auto"] = "uint8"
+    value_range: tuple[float, float] | None = None
     count: int | None = None
-    validation: float | str = 0.05
+    validation: float | str | list[str] = 0.05
     exclude: dict[str, list[str]] = field(default_factory=dict)
     limit: int | None = None
     seed: int = 0
@@ -72,8 +81,27 @@ class DataConfig:
         return crop
 
     @property
+    def is_resolved(self) -> bool:
+        """Whether `pixels` and `value_range` say everything; otherwise `resolve_pixels` looks at the files."""
+        return self.pixels != "auto" and (self.pixels != "float32" or self.value_range is not None)
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """The meaning of the numbers in examples, of a resolved configuration."""
+        if self.channels < 1:
+            raise DarkroomError(f"channels={self.channels} is not possible; give 1 or more")
+        if self.pixels == "auto":
+            raise DarkroomError('data.pixels "auto" is decided by the files; use darkroom.data.pixels.resolve_pixels')
+        return PixelFormat.of(self.pixels, self.value_range)
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the source is a procedural set besides `shapes`."""
+        return isinstance(self.source, str) and self.source in SYNTHETIC
+
+    @property
     def is_shapes(self) -> bool:
-        return isinstance(self.source, str) and self.source.split(":")[0] == "shapes"
+        return isinstance(self.source, str) and is_shapes(self.source) and part_of(self.source)[1] is None
 
 
 def _pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
@@ -103,6 +131,11 @@ class ImageDataset(ABC):
         """(width, height) of every image."""
         return self.config.width_height
 
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the numbers of `image` mean."""
+        return self.config.pixel_format
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -129,6 +162,7 @@ class ImageDataset(ABC):
             "examples": len(self),
             "size": list(self.size),
             "channels": self.config.channels,
+            "pixels": str(self.pixels),
             "fields": list(self.fields),
             "classes": len(self.class_names),
             "problems": len(self.problems),
@@ -149,6 +183,8 @@ class ShapesDataset(ImageDataset):
             raise DarkroomError(f"source {source!r} does not exist; use shapes, shapes:single or shapes:pair")
         if config.channels != 3:
             raise DarkroomError(f"shapes have colours: channels={config.channels} is not possible; use channels=3")
+        if config.pixels != "uint8":
+            raise DarkroomError(f"shapes have 8 bits: pixels={config.pixels} is not possible; use pixels=uint8")
         if config.flip:
             raise DarkroomError("shapes captions name sides, so mirrored images would contradict them; use flip=false")
         if config.exclude or config.captions:
@@ -203,8 +239,22 @@ def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
     if split not in SPLITS:
         raise DarkroomError(f"split {split!r} does not exist; use train or validation")
     _ = config.width_height, config.crop_width_height  # complain about impossible sizes before any file is read
+    if not config.is_resolved:
+        from darkroom.data.pixels import resolve_pixels
+
+        config = resolve_pixels(config)
+    _ = config.pixel_format
     if config.is_shapes:
         return ShapesDataset(config, split)
-    from darkroom.data.pictures import PictureDataset  # it builds on this module
+    if config.is_synthetic:
+        from darkroom.data.synthetic import SyntheticDataset
 
+        return SyntheticDataset(config, split)
+    # They build on this module.
+    from darkroom.data.mixture import MixtureDataset
+    from darkroom.data.pictures import PictureDataset
+
+    named = config.validation if isinstance(config.validation, (str, list)) else ""
+    if is_mixture(config.source) or isinstance(named, list) or is_mixture(named):
+        return MixtureDataset(config, split, open_dataset)
     return PictureDataset(config, split)

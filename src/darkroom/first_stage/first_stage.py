@@ -39,6 +39,13 @@ class FirstStage(nn.Module):
         self._set(0.0 if shift is None else shift, 1.0 if scale is None else scale)
 
     @property
+    def trainable(self) -> Autoencoder:
+        """The autoencoder, where there is something to train; the identity raises DarkroomError."""
+        if isinstance(self.autoencoder, IdentityAutoencoder):
+            raise DarkroomError("the first stage is the identity and has nothing to train: give another one, or none")
+        return self.autoencoder
+
+    @property
     def downsampling(self) -> int:
         return self.autoencoder.downsampling
 

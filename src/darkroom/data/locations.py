@@ -1,0 +1,28 @@
+"""The words by which a recipe names its data: a path or glob, `shapes`, and either with "@COUNT" behind it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_COUNT = re.compile(r"(?P<path>.+)@(?P<count>[1-9][0-9]*)")
+
+
+def part_of(location: str) -> tuple[str, int | None]:
+    """ "PATH@COUNT" -> (path, count); count None where there is none. A file of that very name is itself."""
+    found = _COUNT.fullmatch(location)
+    if found is None or os.path.exists(os.path.expanduser(location)):
+        return location, None
+    return found["path"], int(found["count"])
+
+
+def is_shapes(location: str) -> bool:
+    """Whether this names the procedural set: "shapes", "shapes:single", "shapes:pair", with a count or without."""
+    return part_of(location)[0].split(":")[0] == "shapes"
+
+
+def is_mixture(source: str | list[str]) -> bool:
+    """Whether `source` needs more than one reader: a count behind a name, or `shapes` in a list."""
+    if isinstance(source, str):
+        return part_of(source)[1] is not None
+    return any(part_of(location)[1] is not None or is_shapes(location) for location in source)
