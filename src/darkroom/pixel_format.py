@@ -48,7 +48,9 @@ class PixelFormat:
         """The whole range of an integer type, unless another is given. float32 has no range of its own."""
         if value_range is None:
             if dtype not in LIMITS:
-                raise DarkroomError(f"{dtype} pixels have no range of their own: give the values that are black and white")
+                raise DarkroomError(
+                    f"{dtype} pixels have no range of their own: give the values that are black and white"
+                )
             value_range = (0.0, float(LIMITS[dtype]))
         return cls(dtype, float(value_range[0]), float(value_range[1]))
 

@@ -15,6 +15,7 @@ import torch
 
 from darkroom.data.transforms import crop_example
 from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat
 
 Batch = dict[str, Any]
 
@@ -30,14 +31,27 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def collate(examples: Sequence[dict[str, Any]]) -> Batch:
+def pixels_of(dataset: Any) -> PixelFormat:
+    """The pixel format of a data set; 8 bits for sequences that say nothing."""
+    pixels = getattr(dataset, "pixels", None)
+    return pixels if isinstance(pixels, PixelFormat) else PixelFormat()
+
+
+def collate(examples: Sequence[dict[str, Any]], pixels: PixelFormat | None = None) -> Batch:
     """Examples -> batch: `image` float32 (B, C, H, W) in [-1, 1]; `moments` float32; `class_label` int64 (B,);
-    `segmentation` int64 (B, H, W); `text` and `boxes` lists of B."""
+    `segmentation` int64 (B, H, W); `text` and `boxes` lists of B.
+
+    pixels: what the numbers of `image` mean (`dataset.pixels`); by default 8 bits.
+    """
+    pixels = pixels or PixelFormat()
     batch: Batch = {}
     for field in examples[0]:
         values = [example[field] for example in examples]
         if field == "image":
-            batch[field] = torch.stack(values).float().div_(127.5).sub_(1)
+            images = torch.stack(values)
+            if images.dtype != getattr(torch, pixels.dtype):
+                raise ValueError(f"images are {images.dtype}, the pixel format says {pixels.dtype}")
+            batch[field] = pixels.to_network(images)
         elif field in ("segmentation", "moments"):
             batch[field] = torch.stack(values)
         elif field == "class_label":
@@ -79,6 +93,7 @@ class Batches:
             raise ValueError(f"rank {rank} of {world_size}")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+        self._pixels = pixels_of(dataset)
         config = getattr(dataset, "config", None) if augment else None
         self._flip = bool(config is not None and config.flip)
         self._crop = crop or (config.crop_width_height if config is not None else None)
@@ -136,7 +151,7 @@ class Batches:
     def _make(self, number: int) -> Batch:
         indices = self._indices(number)
         if not self._flip and self._crop is None:
-            return collate([self.dataset[i] for i in indices])
+            return collate([self.dataset[i] for i in indices], self._pixels)
         rng = np.random.default_rng([self.seed, 1, number])
         draws = rng.random((self.joint, 3))[self.rank * self.batch_size :]
         dataset: Any = self.dataset
@@ -148,11 +163,11 @@ class Batches:
                 x, y = int(right * (width - self._crop[0] + 1)), int(down * (height - self._crop[1] + 1))
                 example = crop_example(example, x, y, *self._crop)
             examples.append(example)
-        return collate(examples)
+        return collate(examples, self._pixels)
 
 
 def ordered_batches(dataset: Examples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
     """The first `limit` examples (default: all) once, in order, not augmented. The last batch may be smaller."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     for start in range(0, count, batch_size):
-        yield collate([dataset[i] for i in range(start, min(start + batch_size, count))])
+        yield collate([dataset[i] for i in range(start, min(start + batch_size, count))], pixels_of(dataset))

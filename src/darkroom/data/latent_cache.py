@@ -165,7 +165,7 @@ def _compute(
         file.seek(state["bytes"])
         while done < count:
             images = [dataset[i]["image"] for i in range(done, min(done + batch_size, count))]
-            moments = _encode(encode, collate([{"image": i} for i in images])["image"], flip, done)
+            moments = _encode(encode, collate([{"image": i} for i in images], dataset.pixels)["image"], flip, done)
             shape = list(moments.shape[1:])
             stored = moments.to(dtype)
             file.write(stored.contiguous().view(torch.int32 if dtype.itemsize == 4 else torch.int16).numpy().tobytes())

@@ -24,9 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from darkroom.data.image_files import ARRAY_SUFFIXES
 from darkroom.errors import DarkroomError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Arrays last: beside a picture of the same name an array is something else (an embedding, a depth map).
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *ARRAY_SUFFIXES)
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LABEL_MAP = ".seg.png"
 METADATA = "metadata.jsonl"
@@ -206,6 +208,8 @@ def _read_folder(folder: Path, reading: Reading) -> None:
     files = list(_walk(folder))
     names = {str(f) for f in files}
     pictures = [f for f in files if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.lower().endswith(LABEL_MAP)]
+    drawn = {f.with_suffix("") for f in pictures if not f.name.lower().endswith(ARRAY_SUFFIXES)}
+    pictures = [f for f in pictures if not f.name.lower().endswith(ARRAY_SUFFIXES) or f.with_suffix("") not in drawn]
     if not pictures:
         raise DarkroomError(
             f"{folder}: no pictures ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}) and no tar shards in this folder; "
@@ -314,6 +318,7 @@ def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Blob]]:
 def _add_sample(path: Path, key: str, fields: dict[str, Blob], reading: Reading) -> None:
     name = f"{path}:{key}"
     endings = [e for e in fields if f".{e}".endswith(IMAGE_SUFFIXES) and not f".{e}".endswith(LABEL_MAP)]
+    endings.sort(key=lambda e: f".{e}".endswith(ARRAY_SUFFIXES))
     if not endings:
         reading.problems.append((name, "no picture among its members"))
         return

@@ -30,7 +30,8 @@ class DataConfig:
     """What to train on.
 
     source: "shapes" (or "shapes:single", "shapes:pair"), "phantoms16", "bands6", an image folder, a tar or tar.gz
-        shard, a glob of shards, a folder of shards, or a list of these. "PATH@COUNT" takes at most COUNT examples of a source.
+        shard, a glob of shards, a folder of shards, or a list of these. "PATH@COUNT" takes at most COUNT examples of
+        a source.
     size: what the network sees, pixels; an int for a square or (width, height).
     channels: 3, 1 for grey, or as many as the images have.
     pixels: type of the numbers that the model works on and gives back: "uint8", "uint16", "float32", or "auto" for what

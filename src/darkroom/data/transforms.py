@@ -5,21 +5,27 @@ Shapes: C channels, H W image size.
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from darkroom.data.image_files import Samples, is_array_file, read_samples
 from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat
 
 RULE = """\
 1. Rotate and mirror as the EXIF orientation says.
-2. Samples of 16 bits are scaled by 255/65535 and rounded to 8. Palettes are resolved; CMYK, YCbCr, Lab become RGB.
-3. Transparent pictures are composited over the background colour.
-4. channels=3: grey is replicated. channels=1: colour becomes luma (ITU-R 601).
+2. uint8: samples of 16 bits are scaled by 255/65535 and rounded to 8. uint16: samples of 8 bits are multiplied by 257.
+   float32: numbers are taken as they are. Palettes are resolved; CMYK, YCbCr, Lab become RGB.
+3. channels=1, 3: transparent pictures are composited over the background colour.
+4. channels=3: grey is replicated. channels=1: colour becomes luma (ITU-R 601). Otherwise the picture's own number of
+   channels must be what is asked for.
 5. The largest centred rectangle with the target's aspect ratio is kept.
-6. That rectangle is resized to the target with a Lanczos filter, also when it grows.
+6. That rectangle is resized to the target with a Lanczos filter, also when it grows, each channel on its own; more
+   than 8 bits in float32, where no value leaves the range of the picture's own.
 Label maps take steps 1, 5 and 6 with nearest neighbour. Boxes take step 5, are clipped, and are dropped when nothing is
 left of them.
 """
@@ -30,7 +36,7 @@ RULE_VERSION = 1
 def to_eight_bits(image: Image.Image, channels: int = 3, background: str = "white") -> Image.Image:
     """Steps 1 to 4 of RULE: mode RGB (channels=3) or L (channels=1)."""
     if channels not in (1, 3):
-        raise DarkroomError(f"channels={channels} is not possible for picture files; use 1 or 3")
+        raise DarkroomError(f"channels={channels} is not possible here; use 1 or 3")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # I;16 and friends; Pillow reads 16-bit grey PNG as I or I;16
         samples = np.asarray(image).astype(np.int64)
@@ -38,7 +44,7 @@ def to_eight_bits(image: Image.Image, channels: int = 3, background: str = "whit
             raise ValueError("integer samples outside 0..65535")
         image = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point samples have no stated range")
+        raise ValueError("floating-point samples; set data.pixels to float32")
     if image.mode in ("LA", "La", "RGBa", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode == "RGBA":
@@ -66,6 +72,93 @@ def to_network(image: Image.Image, size: tuple[int, int], channels: int = 3, bac
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
+def decode(
+    data: bytes,
+    size: tuple[int, int] | None,
+    channels: int = 3,
+    pixels: PixelFormat | None = None,
+    background: str = "white",
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The whole RULE for the content of a file: (C, H, W) in the type of the format, and the (width, height) that the
+    upright picture had. Without a size, without steps 5 and 6. Raises ValueError for what cannot be used."""
+    pixels = pixels or PixelFormat()
+    if pixels.dtype == "uint8" and channels in (1, 3) and not is_array_file(data):
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                width, height = picture.size
+                turned = picture.getexif().get(0x0112, 1) >= 5
+                shape = (height, width) if turned else (width, height)
+                return to_network(picture, size or shape, channels, background), shape
+        except UnidentifiedImageError:  # a TIFF of many bands
+            if data[:2] not in (b"II", b"MM"):
+                raise
+    values = convert(read_samples(data, channels), channels, pixels, background)
+    shape = (values.shape[1], values.shape[0])
+    if size is not None and size != shape:
+        values = resize(values, size)
+    return np.ascontiguousarray(values.transpose(2, 0, 1)), shape
+
+
+def convert(samples: Samples, channels: int, pixels: PixelFormat, background: str = "white") -> np.ndarray:
+    """Steps 2 to 4 of RULE at full depth: (H, W, C) in the type of the format."""
+    values = _as_type(samples.values, pixels.dtype)
+    if samples.alpha and channels in (1, 3):
+        values = _composite(values, background)
+    count = values.shape[2]
+    if count == 1 and channels == 3:
+        values = np.repeat(values, 3, axis=2)
+    elif count == 3 and channels == 1:
+        luma = values.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+        values = (luma if pixels.dtype == "float32" else np.rint(luma))[..., None].astype(values.dtype)
+    elif count != channels:
+        raise ValueError(f"has {count} channels, data.channels is {channels}; make them equal")
+    return values
+
+
+def _as_type(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Step 2 of RULE."""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("holds values that are not finite (NaN or infinity); replace them by numbers")
+    if dtype == "float32":
+        return values.astype(np.float32)
+    if values.dtype.kind == "f":
+        raise ValueError("floating-point samples; set data.pixels to float32")
+    if values.dtype not in (np.uint8, np.uint16):
+        if int(values.min()) < 0 or int(values.max()) > 65535:
+            raise ValueError(
+                f"integer samples from {values.min()} to {values.max()}, outside 0..65535; set data.pixels to float32"
+            )
+        values = values.astype(np.uint16)
+    if str(values.dtype) == dtype:
+        return values
+    if dtype == "uint16":
+        return values.astype(np.uint16) * np.uint16(257)
+    return ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _composite(values: np.ndarray, background: str) -> np.ndarray:
+    """Step 3 of RULE: the channels before the last, which is opacity, over the background colour."""
+    top = {"uint8": 255.0, "uint16": 65535.0}.get(str(values.dtype), 1.0)
+    opacity = np.clip(values[..., -1:].astype(np.float64) / top, 0, 1)
+    colour = np.array(ImageColor.getrgb(background)[:3]) / 255 * top
+    if values.shape[2] == 2:
+        colour = colour @ np.array([[0.299], [0.587], [0.114]])
+    mixed = values[..., :-1] * opacity + colour * (1 - opacity)
+    return (mixed if values.dtype == np.float32 else np.rint(mixed)).astype(values.dtype)
+
+
+def resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Steps 5 and 6 of RULE at full depth: (H, W, C) of any type for a target of (width, height)."""
+    box = crop_box((values.shape[1], values.shape[0]), size)
+    planes = []
+    for channel in range(values.shape[2]):
+        plane = np.ascontiguousarray(values[..., channel], np.float32)
+        resized = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.LANCZOS, box=box))
+        resized = np.clip(resized, plane.min(), plane.max())  # Lanczos rings at edges
+        planes.append((resized if values.dtype == np.float32 else np.rint(resized)).astype(values.dtype))
+    return np.stack(planes, 2)
+
+
 def labels_to_network(labels: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """RULE for a label map: uint8 (H, W)."""
     labels = ImageOps.exif_transpose(labels)
@@ -89,12 +182,19 @@ def crop_boxes(boxes: np.ndarray, box: tuple[float, float, float, float]) -> np.
     return out[(out[:, 3] > out[:, 1]) & (out[:, 4] > out[:, 2])]
 
 
+def mirrored(image: torch.Tensor) -> torch.Tensor:
+    """(..., W) left to right. torch cannot flip 16-bit unsigned integers, but signed ones."""
+    if image.dtype == torch.uint16:
+        return image.view(torch.int16).flip(-1).view(torch.uint16)
+    return image.flip(-1)
+
+
 def flip_example(example: dict[str, Any]) -> dict[str, Any]:
     """The example mirrored left to right: image, label map and boxes. Its text stays."""
     out = dict(example)
     for field in ("image", "segmentation"):
         if field in out:
-            out[field] = torch.flip(out[field], [-1])
+            out[field] = mirrored(out[field])
     if "boxes" in out:
         boxes = out["boxes"].clone()
         boxes[:, 1], boxes[:, 3] = 1 - out["boxes"][:, 3], 1 - out["boxes"][:, 1]

@@ -1,0 +1,94 @@
+"""What `data.pixels: auto` means for given files, and the value range of floating-point images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from darkroom.data.image_files import read_samples
+from darkroom.data.locations import is_mixture
+from darkroom.data.pictures import in_threads, training_records
+from darkroom.data.records import Record, reason_of
+from darkroom.data.sources import DataConfig
+from darkroom.data.transforms import convert
+from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat, PixelType
+
+LOOKED_AT = 64  # files that decide what "auto" means
+MEASURED = 4096  # files whose least and greatest value are the range of floating-point images
+_WIDER: tuple[PixelType, ...] = ("float32", "uint16")
+_ANY_RANGE = PixelFormat("float32", 0.0, 1.0)
+
+
+def resolve_pixels(config: DataConfig) -> DataConfig:
+    """The configuration with `pixels` and `value_range` stated, decided by the training images."""
+    if config.is_resolved:
+        return config
+    if config.is_shapes:
+        return replace(config, pixels="uint8")
+    if config.is_synthetic:
+        from darkroom.data.synthetic import SETS
+
+        pixels = SETS[str(config.source)].pixels
+        if config.pixels not in ("auto", pixels.dtype):
+            raise DarkroomError(f"{config.source} has {pixels.dtype} pixels; use pixels={pixels.dtype}")
+        return replace(config, pixels=pixels.dtype, value_range=config.value_range or (pixels.low, pixels.high))
+    if is_mixture(config.source):
+        raise DarkroomError("several kinds of sources: state data.pixels, and for float32 data.value_range too")
+    records = training_records(config)
+    if config.pixels == "auto":
+        config = replace(config, pixels=widest(_evenly(records, LOOKED_AT)))
+    if config.pixels == "float32" and config.value_range is None:
+        config = replace(config, value_range=_measure(config, _evenly(records, MEASURED)))
+    return config
+
+
+def widest(records: list[Record]) -> PixelType:
+    """The smallest type that holds what these files hold; files that cannot be read do not count."""
+    found: set[PixelType] = set()
+    for record in records:
+        try:
+            found.add(_type_of(read_samples(record.image.read()).values))
+        except DarkroomError:  # a library is missing
+            raise
+        except Exception:  # whatever a damaged file makes a decoder raise; the full reading lists it
+            continue
+    return next((t for t in _WIDER if t in found), "uint8")
+
+
+def _type_of(values: np.ndarray) -> PixelType:
+    if values.dtype == np.uint8:
+        return "uint8"
+    if values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 65535:  # Pillow has int32 for 16 bits
+        return "uint16"
+    return "float32"
+
+
+def _measure(config: DataConfig, records: list[Record]) -> tuple[float, float]:
+    """The least and the greatest value of these images, as the network would get them."""
+
+    def ends(record: Record) -> tuple[float, float] | str:
+        try:
+            samples = read_samples(record.image.read(), config.channels)
+            values = convert(samples, config.channels, _ANY_RANGE, config.background)
+        except DarkroomError:
+            raise
+        except Exception as error:
+            return reason_of(error)
+        return float(values.min()), float(values.max())
+
+    found = list(in_threads(ends, records))
+    good = [pair for pair in found if not isinstance(pair, str)]
+    if not good:
+        first = f"{records[0].name} ({found[0]})" if records else "there are none"
+        raise DarkroomError(f"{config.source}: no image gives a value range; the first: {first}; check the files")
+    low, high = min(pair[0] for pair in good), max(pair[1] for pair in good)
+    if low == high:
+        raise DarkroomError(f"{config.source}: every value is {low:g}; state data.value_range, or check the files")
+    return low, high
+
+
+def _evenly(records: list[Record], most: int) -> list[Record]:
+    count = min(len(records), most)
+    return [records[i * len(records) // count] for i in range(count)]
