@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"report_charts", "report_tables", "model_card"},
 }
 # What puts the parts together may import everything that does not stand above it.
-COMPOSE = ("build", "model_io", "plan", "recipe_source", "train_job", "serving", "cli", "__main__")
+COMPOSE = ("build", "model_io", "plan", "recipe_source", "perceptual_job", "train_job", "serving", "cli", "__main__")
 # Third-party packages of the pure layers.
 ONLY_TORCH = ("diffusion", "features", "networks", "solvers", "first_stage", "denoiser", "objective", "guidance")
 

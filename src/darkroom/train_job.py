@@ -35,6 +35,7 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
 from darkroom.model_io import load, load_first_stage, save, select_device
+from darkroom.perceptual_job import train_perceptual
 from darkroom.plan import Plan, Planner, describe_plan, fit_minutes, with_times
 from darkroom.recipe_source import new_recipe, resumed_recipe
 from darkroom.report import model_card, write_report
@@ -133,6 +134,14 @@ def train(
             raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
         if folder.exists() and not folder.is_dir():
             raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
+    if recipe.perceptual is not None:
+        if minutes is not None:
+            raise DarkroomError("a perceptual network is trained for a number of steps: --set perceptual.steps=N")
+        place = select_device(device)
+        options = {"resume": resume, "device": place, "world": world, "quiet": quiet, "dry_run": dry_run}
+        summary = train_perceptual(recipe, folder, **options)
+        done = None if dry_run or summary["interrupted"] else folder / "model"
+        return Run(folder, done, None, summary)
     job = _Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
         job.say("timing a few steps of each stage")

@@ -19,6 +19,7 @@ from darkroom.first_stage.autoencoder import AutoencoderConfig
 from darkroom.objective import ObjectiveConfig
 from darkroom.training.first_stage_step import FirstStageTrainConfig
 from darkroom.training.loop import LoopConfig
+from darkroom.training.perceptual_step import PerceptualRecipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -80,6 +81,7 @@ class Recipe(LoopConfig):
     conditioner: encoders by name, each with its `kind`
     objective: loss weighting and time sampling
     init_from: a model whose denoiser and conditioner to start from
+    perceptual: train a perceptual network instead of a latent diffusion model; only this and `data` then count
     evaluate: how samples are made during and after training
     expect: what the recipe reached when it was last run: metric, value, protocol, hardware, minutes
     """
@@ -92,6 +94,7 @@ class Recipe(LoopConfig):
     conditioner: dict[str, ClassEncoderConfig | TextEncoderConfig] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init_from: str | None = None
+    perceptual: PerceptualRecipe | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     expect: dict[str, Any] = field(default_factory=dict)
 
