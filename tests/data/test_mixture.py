@@ -48,6 +48,17 @@ def test_files_shapes_and_counts_in_one_list(folders: list[str]) -> None:
     assert other.digest != dataset.digest
 
 
+def test_sources_with_other_fields_lose_nothing(folders: list[str], tmp_path: Path) -> None:
+    """Classes here, captions there: read as one source, the pictures without a class would be left out."""
+    for name in ("cat", "dog"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (0, 90, 0)).save(tmp_path / "animals" / name / "1.png")
+    dataset = open_dataset(
+        DataConfig(source=[str(tmp_path / "animals"), "shapes@2", folders[0]], size=32, validation=0.0)
+    )
+    assert len(dataset) == 2 + 2 + 10 and not dataset.problems
+
+
 def test_text_stays_where_every_example_has_one(folders: list[str]) -> None:
     dataset = open_dataset(DataConfig(source=[f"{folders[0]}@2", "shapes@2"], size=32, validation=0.0))
     texts = dataset.captions()

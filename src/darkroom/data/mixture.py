@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from darkroom.data.locations import is_shapes, part_of
@@ -60,15 +61,16 @@ class MixtureDataset(ImageDataset):
 
 
 def _parts(config: DataConfig, split: str) -> list[tuple[DataConfig, str]]:
-    """(settings, split) of each part: neighbouring files without a count are read as one source."""
+    """(settings, split) of each part: neighbouring shards of one folder without a count are read as one source."""
     named = config.validation if isinstance(config.validation, (str, list)) else None
     locations = config.source if named is None or split == "train" else named
     groups: list[tuple[list[str], int | None]] = []
     for location in [locations] if isinstance(locations, str) else list(locations):
         path, count = part_of(location)
-        joined = groups and groups[-1][1] is None and not is_shapes(groups[-1][0][0])
-        if joined and count is None and not is_shapes(path):
-            groups[-1][0].append(path)
+        before = groups[-1] if groups else None
+        together = before is not None and before[1] is None and Path(before[0][0]).parent == Path(path).parent
+        if before is not None and together and count is None and not is_shapes(path) and not is_shapes(before[0][0]):
+            before[0].append(path)
         else:
             groups.append(([path], count))
     parts = []
@@ -79,6 +81,7 @@ def _parts(config: DataConfig, split: str) -> list[tuple[DataConfig, str]]:
             parts.append((replace(config, **changes, count=count or config.count), split))
             continue
         # Files that are named for validation are wholly that; the others are wholly for training then.
-        changes = {"source": paths, "limit": count, "count": None, "validation": config.validation if named is None else 0.0}
+        share = config.validation if named is None else 0.0
+        changes = {"source": paths, "limit": count, "count": None, "validation": share}
         parts.append((replace(config, **changes), split if named is None else "train"))
     return parts

@@ -14,7 +14,6 @@ from darkroom.conditioning.conditioner import Conditioner
 from darkroom.denoiser import Denoiser
 from darkroom.diffusion.time_sampling import sample_time
 from darkroom.first_stage.first_stage import FirstStage
-from darkroom.first_stage.posterior import Posterior
 from darkroom.objective import ObjectiveConfig, denoising_loss
 from darkroom.training.loop import Phase, all_parameters, fixed_times, step_generator
 
@@ -34,7 +33,9 @@ def batch_latent(
     if "moments" in batch:
         assert first_stage is not None
         moments = batch["moments"].to(device, torch.float32)
-        return first_stage.normalise(Posterior.from_moments(moments).sample(generator))
+        without_variance = moments.shape[1] == first_stage.latent_channels  # VQ
+        posterior = Posterior(moments) if without_variance else Posterior.from_moments(moments)
+        return first_stage.normalise(posterior.sample(generator))
     image = batch["image"].to(device)
     if first_stage is None:
         return image
