@@ -8,7 +8,7 @@ Shapes: B batch, C image channels, E latent channels, H W image size, h w latent
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,16 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Autoencoder
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.posterior import Posterior
+from darkroom.first_stage.preview import PreviewDecoder
+from darkroom.first_stage.statistics import LatentStatistics, RunningMoments
+from darkroom.pixel_format import PixelFormat
 
 
 class FirstStage(nn.Module):
-    """`encode(image) -> Posterior` and `decode(latent) -> image`, latents normalised. `shift`, `scale`: () or (E,)."""
+    """`encode(image) -> Posterior` and `decode(latent) -> image`, latents normalised. `shift`, `scale`: () or (E,).
+
+    `pixels`: what the numbers in files mean to it; 8 bits unless its config says otherwise.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -31,9 +37,12 @@ class FirstStage(nn.Module):
         autoencoder: Autoencoder | IdentityAutoencoder,
         shift: Tensor | float | None = None,
         scale: Tensor | float | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
+        self._preview: tuple[PreviewDecoder | None] = (None,)
+        self.pixels = pixels or PixelFormat()
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
         self._set(0.0 if shift is None else shift, 1.0 if scale is None else scale)
@@ -81,46 +90,77 @@ class FirstStage(nn.Module):
         shift, scale = self._spread(latent)
         return latent / scale + shift
 
+    def from_moments(self, moments: Tensor) -> Posterior:
+        """The unnormalised posterior of cached moments: (B, 2E, h, w) mean and log-variance, or (B, E, h, w) the latent
+        of a deterministic (VQ) encoder."""
+        return Posterior(moments) if moments.shape[1] == self.latent_channels else Posterior.from_moments(moments)
+
     @torch.no_grad()
-    def measure(
-        self, batches: Iterable[Tensor | Mapping[str, Any]], generator: torch.Generator, per_channel: bool = False
-    ) -> None:
+    def measure(self, batches: Iterable[Tensor | Mapping[str, Any]], kind: LatentStatistics = "global") -> None:
         """Sets shift and scale so that posterior samples of these images have mean 0 and standard deviation 1.
 
-        `batches`: images (B, C, H, W), or batch dicts with `image`. The sums are streamed in float64 around the mean
-        so far (Chan et al. 1983), hence neither the order of magnitude nor the number of images costs precision.
+        `batches`: images (B, C, H, W), or batch dicts with `image` or with `moments` from a latent cache. With a cache
+        nothing is encoded: it holds what was before shift and scale.
         """
         was_training = self.training
         self.eval()
-        device = next(self.autoencoder.parameters(), self.shift).device
-        count, mean = 0, torch.zeros(self.latent_channels, dtype=torch.float64)
-        squares = torch.zeros(self.latent_channels, dtype=torch.float64)
+        device = self.device
+        moments = RunningMoments(self.latent_channels)
         try:
             for batch in batches:
-                image = batch["image"] if isinstance(batch, Mapping) else batch
-                z = self.autoencoder.encode(image.to(device)).sample(generator).double().cpu()
-                z = z.transpose(0, 1).flatten(1)  # (E, B*h*w)
-                n = z.shape[1]
-                batch_mean = z.mean(1)
-                delta = batch_mean - mean
-                squares += (z - batch_mean[:, None]).square().sum(1) + delta.square() * (count * n / (count + n))
-                mean += delta * (n / (count + n))
-                count += n
+                if isinstance(batch, Mapping) and "moments" in batch:
+                    moments.add(self.from_moments(batch["moments"].float()))
+                else:
+                    image = batch["image"] if isinstance(batch, Mapping) else batch
+                    moments.add(self.autoencoder.encode(image.to(device)))
         finally:
             self.train(was_training)
-        if count == 0:
-            raise DarkroomError("cannot measure the latents of no images: give at least one batch")
-        if not per_channel:  # channels hold equally many elements each
-            total = mean.mean()
-            squares = (squares + count * (mean - total).square()).mean()
-            mean = total
-        std = (squares / count).sqrt()
-        if not bool(torch.isfinite(std).all()) or bool((std <= 0).any()):
+        self._set(*moments.shift_and_scale(kind))
+        self.__dict__.pop("reference", None)  # it is no longer the bundled one that it may have been
+
+    # --- preview --------------------------------------------------------------------------------------------------
+
+    @property
+    def preview(self) -> PreviewDecoder | None:
+        """The small decoder that shows latents quickly; not among the weights, a model folder keeps it beside them."""
+        return self._preview[0]
+
+    @preview.setter
+    def preview(self, decoder: PreviewDecoder | None) -> None:
+        if decoder is not None:
+            for name in ("latent_channels", "image_channels", "downsampling"):
+                own, its = getattr(self, name), getattr(decoder.config, name)
+                if own != its:
+                    raise DarkroomError(
+                        f"this preview decoder is for {name.replace('_', ' ')} {its}, the first stage has {own}"
+                    )
+            decoder.to(self.device).requires_grad_(False)
+        self._preview = (decoder,)  # in a tuple it is no submodule: state_dict stays that of the first stage alone
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "preview":  # torch would take any module that is assigned for a submodule
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def preview_of(self, latent: Tensor) -> Tensor:
+        """Normalised latent (B, E, h, w) -> a quick image (B, C, H, W) of it, about [-1, 1]."""
+        if self.preview is None:
             raise DarkroomError(
-                f"the latents of these images have standard deviation {std.tolist()}: "
-                "the autoencoder is not trained or has diverged"
+                "this first stage has no preview decoder: make one with `darkroom train preview --first-stage MODEL`"
             )
-        self._set(mean, 1.0 / std)
+        shift, scale = (t.to(latent).view(1, -1, 1, 1) for t in (self.preview.shift, self.preview.scale))
+        return self.preview((self.denormalise(latent) - shift) * scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FirstStage:
+        if self.preview is not None:  # it moves along
+            self.preview._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @property
+    def device(self) -> torch.device:
+        return self.shift.device
 
     def _set(self, shift: Tensor | float, scale: Tensor | float) -> None:
         device = next(self.autoencoder.parameters(), self.shift).device

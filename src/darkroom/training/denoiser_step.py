@@ -33,9 +33,7 @@ def batch_latent(
     if "moments" in batch:
         assert first_stage is not None
         moments = batch["moments"].to(device, torch.float32)
-        without_variance = moments.shape[1] == first_stage.latent_channels  # VQ
-        posterior = Posterior(moments) if without_variance else Posterior.from_moments(moments)
-        return first_stage.normalise(posterior.sample(generator))
+        return first_stage.normalise(first_stage.from_moments(moments).sample(generator))
     image = batch["image"].to(device)
     if first_stage is None:
         return image

@@ -16,6 +16,7 @@ from darkroom.data.sources import DataConfig
 from darkroom.denoiser import DenoiserConfig
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import AutoencoderConfig
+from darkroom.first_stage.statistics import LatentStatistics
 from darkroom.objective import ObjectiveConfig
 from darkroom.training.first_stage_step import FirstStageTrainConfig
 from darkroom.training.loop import LoopConfig
@@ -30,9 +31,12 @@ class FirstStageRecipe(LoopConfig):
 
     init_from: a model whose first stage to start from (its network is then taken, not `autoencoder`). With
         `objective.train_encoder: false` its shift and scale stay too, so that denoisers trained on it keep working.
+    latents: how shift and scale are measured: one mean and standard deviation ("global"), one per latent channel
+        ("channel"), or one standard deviation alone, shift 0 ("std", the paper's)
     """
 
     init_from: str | None = None
+    latents: LatentStatistics = "global"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)
 
