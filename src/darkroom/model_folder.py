@@ -36,8 +36,18 @@ def is_model_folder(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
+def is_diffusers_folder(path: Path) -> bool:
+    """A pipeline's folder, or that of one of its models."""
+    if (path / "model_index.json").is_file():
+        return True
+    return (path / CONFIG).is_file() and "_class_name" in read_json(path / CONFIG, "config")
+
+
 def find_source(source: str | Path) -> Path:
-    """The model folder or file that `source` means: a path first, then a bundled name. A run folder means its model."""
+    """The folder or file that `source` means: a path first, then a bundled name. A run folder means its model.
+
+    What is no Darkroom model folder (`is_model_folder`) is a single file or a diffusers folder.
+    """
     path = Path(source).expanduser()
     if not path.exists():
         if str(source) in bundled():
@@ -51,10 +61,8 @@ def find_source(source: str | Path) -> Path:
         return path / "model"
     if not any(path.iterdir()):
         raise DarkroomError(f"{path} is an empty folder; give a model folder (one that holds {INDEX})")
-    if (path / "model_index.json").is_file():
-        raise DarkroomError(
-            f"{path} is a diffusers folder, which this version cannot load; give a Darkroom model folder"
-        )
+    if is_diffusers_folder(path):
+        return path
     raise DarkroomError(f"{path} is not a model folder: it holds no {INDEX}")
 
 

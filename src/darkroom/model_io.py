@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
+from darkroom.interop.diffusers_first_stage import Number
+from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage
+from darkroom.interop.tensor_file import is_weight_file, open_tensor_file
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import (
     BUNDLED,
@@ -37,11 +40,9 @@ from darkroom.safe_files import (
     new_folder,
     read_json,
     read_safetensors,
-    read_safetensors_header,
     sha256_of,
     write_safetensors,
 )
-from darkroom.safe_pickle import read_checkpoint, tensor_table
 
 __all__ = ["bundled", "load", "load_first_stage", "save", "select_device", "select_dtype"]
 
@@ -83,7 +84,8 @@ def select_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
 def load(
     source: str | Path, weights: str = "ema", device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> LatentDiffusion | FirstStage:
-    """A model in eval mode from a model folder, a run folder or a bundled name (a path wins over a name).
+    """A model in eval mode from a model folder, a run folder or a bundled name (a path wins over a name), or the first
+    stage in an official file (.ckpt, .safetensors) or a diffusers folder of one.
 
     `weights`: "ema" (averaged, what training recommends) or "live" (as the last step left them).
     `dtype`: precision of the denoiser's network; everything else stays in float32.
@@ -93,8 +95,11 @@ def load(
         raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
     on, precision = select_device(device), select_dtype(dtype)
     path = find_source(source)
-    if path.is_file():
-        _refuse_single_file(path)
+    if not is_model_folder(path):
+        found = find_first_stage(path)
+        if found is None or found.inside:
+            _refuse_official(path, found)
+        return build_found(found, weights).to(on).eval()
     index = read_index(path)
     if weights == "live" and not any((place / WEIGHTS["live"]).is_file() for place in index.parts.values()):
         raise DarkroomError(f'{path} holds no live weights; use weights="ema"')
@@ -112,23 +117,90 @@ def load(
     return model.to(on).eval()
 
 
-def load_first_stage(source: str | Path, device: str | torch.device = "auto") -> FirstStage:
-    """The first stage of a model or first-stage folder, or of a bundled model."""
-    given = load(source, device=device)
-    first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
-    if first_stage is None:
-        raise DarkroomError(f"{source}: holds no first stage")
+def load_first_stage(
+    source: str | Path,
+    device: str | torch.device = "auto",
+    weights: str = "ema",
+    *,
+    shift: Number | None = None,
+    scale: Number | None = None,
+) -> FirstStage:
+    """The first stage of a model or first-stage folder, of a bundled model, of an official file or diffusers folder.
+
+    Whole checkpoints of Stable Diffusion and of the paper's code, and diffusers pipelines, give theirs.
+    shift, scale: instead of what the source says, one number or one per latent channel.
+    """
+    path = find_source(source)
+    if is_model_folder(path):
+        given = load(source, weights, device)
+        first_stage = given.first_stage if isinstance(given, LatentDiffusion) else given
+        if first_stage is None:
+            raise DarkroomError(f"{source}: holds no first stage")
+    else:
+        on, found = select_device(device), find_first_stage(path)
+        if found is None:
+            _refuse_official(path, found)
+        first_stage = build_found(found, weights).to(on).eval()
+    if shift is not None or scale is not None:
+        set_latents(first_stage, shift, scale)
     return first_stage
 
 
-def _refuse_single_file(path: Path) -> None:
-    """Official checkpoints are recognised, read safely, and not loaded by this version."""
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
-        names = list(tensor_table(read_checkpoint(path)))
-    elif path.suffix == ".safetensors":
-        names = list(read_safetensors_header(path).tensors)
-    else:
+def build_found(found: FoundFirstStage, weights: str = "ema") -> FirstStage:
+    """Builds and fills what `find_first_stage` found; frozen, in float32."""
+    with _SkipInitialisation():
+        first_stage = build_first_stage(found.config)
+    state = {f"autoencoder.{name}": tensor for name, tensor in _owned(found.read(weights)).items()}
+    state |= {"shift": torch.tensor(found.shift), "scale": torch.tensor(found.scale)}
+    first_stage.load_state_dict(state, strict=True, assign=True)
+    return first_stage.requires_grad_(False)
+
+
+def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 tensors that share no memory, so that they can become parameters as they are; copied only if needed."""
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        is_whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * 4
+        if tensor.dtype != torch.float32 or not is_whole or storage.data_ptr() in taken:
+            tensors[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        taken.add(storage.data_ptr())
+    return tensors
+
+
+def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | None) -> None:
+    """Other numbers than those of the file, one or one per latent channel; None keeps the file's."""
+    for name, value in (("shift", shift), ("scale", scale)):
+        if value is None:
+            continue
+        numbers = torch.tensor(value, dtype=torch.float32)
+        if numbers.shape not in ((), (first_stage.latent_channels,)):
+            raise DarkroomError(
+                f"{len(numbers)} numbers for the {name} of {first_stage.latent_channels} latent channels: give one "
+                "number, or one per channel"
+            )
+        if not bool(torch.isfinite(numbers).all()) or (name == "scale" and not bool((numbers > 0).all())):
+            raise DarkroomError(f"the {name} of the latents is {value}: it must be finite, and a scale positive")
+        setattr(first_stage, name, numbers.to(first_stage.shift.device))
+    first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
+
+
+def _refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
+    """What is recognised, and read safely, and not loaded by this version."""
+    if found is not None:
+        held = f"{found.inside} ({len(found.file.shapes)} tensors in {found.file.path.name})"
+        raise DarkroomError(
+            f"{path} is {held}: this version cannot load its denoiser, only its first stage ({found.what}), with "
+            "darkroom.load_first_stage, `darkroom convert` or first_stage: {path: ...} in a recipe"
+        )
+    if path.is_dir():
+        raise DarkroomError(
+            f"{path} is a diffusers folder without a first stage that this version can load; give a Darkroom model "
+            "folder, or a folder of AutoencoderKL or VQModel"
+        )
+    if not is_weight_file(path):
         raise DarkroomError(f"{path} is not a model; give a model folder (one that holds {INDEX})")
+    names = list(open_tensor_file(path).shapes)
     raise DarkroomError(
         f"{path} is {guess_family(names)} ({len(names)} tensors), which this version cannot load; "
         "give a Darkroom model folder"

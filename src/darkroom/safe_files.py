@@ -314,7 +314,8 @@ def new_file(destination: Path | str, replaces: Callable[[Path], bool] = lambda 
         raise DarkroomError(f"cannot save to {destination}: it is a folder, the name of a file was expected")
     if destination.exists() and not replaces(destination):
         raise DarkroomError(f"cannot save to {destination}: another file has that name; choose a new name")
-    temporary = _temporary_beside(destination)
+    # Of the same kind by its suffix, so that it can be read again before it takes its place.
+    temporary = Path(f"{_temporary_beside(destination)}{destination.suffix}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
