@@ -51,12 +51,15 @@ def run(name: str, path: Path, work: Path, stand_in: Path) -> str:
     elif not os.environ.get("DARKROOM_DATA") or name.startswith("auto"):
         data, word = stand_in, "a stand-in made from shapes"
         overrides["data.exclude"] = {}
+    if settings.get("perceptual"):
+        overrides |= {"perceptual.steps": STEPS, "perceptual.batch_size": 4}
     if settings.get("steps") == 0:  # a recipe that only fine-tunes a first stage
         overrides["steps"] = 0
         overrides["first_stage.train.init_from"] = str(work / "shapes" / "model")
     resolve(merge(settings, {}))  # read strictly before anything is changed
     result = train(path, work / name, data=data, overrides=overrides, quiet=True)
-    assert result.model is not None and (result.model / "darkroom.json").is_file()
+    index = "config.json" if settings.get("perceptual") else "darkroom.json"
+    assert result.model is not None and (result.model / index).is_file()
     return word
 
 

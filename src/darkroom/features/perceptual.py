@@ -6,7 +6,7 @@ differ from VGG16. Features are compared *after* pooling with an overlapping win
 rather than exact positions: a shift by one pixel costs little, a missing texture much. And the unit length is
 regularised, f / sqrt(|f|^2 + EPSILON^2): where nearly nothing responds, noise is not blown up to full length.
 
-Shapes: B batch, C image channels, H W image size (16 or more), N = B for C = 3, else B*C, D width of the embedding.
+Shapes: B batch, C image channels, H W image size, N = B for C = 3, else B*C, D width of the embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from darkroom.errors import DarkroomError
 from darkroom.safe_files import read_json, read_safetensors
 
 EPSILON = 0.1  # length below which a feature vector counts as weak
-SMALLEST = 16  # pixels: four poolings leave one position
+SMALLEST = 16  # pixels that four poolings need
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "perceptual"
 
 
@@ -83,14 +83,14 @@ class PerceptualNetwork(nn.Module):
         return digest.hexdigest()
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """[(N, widths[0], H/2, W/2), (N, widths[1], H/4, W/4), ...]; the last stage is not pooled."""
-        if min(image.shape[-2:]) < SMALLEST:
-            raise DarkroomError(
-                f"the perceptual network needs sides of at least {SMALLEST} pixels, got {tuple(image.shape[-2:])}"
-            )
+        """[(N, widths[0], H/2, W/2), (N, widths[1], H/4, W/4), ...]; the last stage is not pooled. Sides below 16 are
+        continued by their edge."""
         if image.shape[1] != 3:
             image = image.flatten(0, 1).unsqueeze(1).expand(-1, 3, -1, -1)
-        x = image.to(self.stages[0].convolutions[0].weight.dtype).contiguous(memory_format=torch.channels_last)
+        height, width = image.shape[-2:]
+        if min(height, width) < SMALLEST:
+            image = F.pad(image, (0, max(0, SMALLEST - width), 0, max(0, SMALLEST - height)), mode="replicate")
+        x = image.to(self.log_weights[0].dtype).contiguous(memory_format=torch.channels_last)
         maps = []
         for i, stage in enumerate(self.stages):
             x = stage(x)

@@ -110,7 +110,8 @@ class PerceptualPhase(nn.Module):
             ranking, right = ranking_loss(near, far, config.ranking_margin, config.ranking_softness)
             pooled = [torch.cat([m.mean((2, 3)) for m in maps], 1) for maps in (original, other)]
             hidden = [self.heads.norm(p) for p in pooled]
-            same = discrimination_loss(*(self.heads.project(h) for h in hidden), config.temperature)
+            one, two = (self.heads.project(h) for h in hidden)
+            same = discrimination_loss(one, two, config.temperature)
             loss = config.ranking_weight * ranking + config.discrimination_weight * same
             metrics = {"ranking": ranking, "ranked_right": right, "discrimination": same, "distance": far.mean()}
             label = batch.get("class_label")
