@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "latent_diffusion": {"solvers", "guidance", "inpaint", "denoiser", "conditioning", "first_stage", "diffusion"},
     # previews and metrics come in as hooks: never latent_diffusion, never evaluation
     "training": {"objective", "denoiser", "conditioning", "first_stage", "features", "diffusion", "data"},
-    "evaluation": {"latent_diffusion", "features", "data"},
+    "evaluation": {"latent_diffusion", "first_stage", "features", "data"},
     # words and files about runs and models; no tensors
     "png_settings": set(),
     "model_folder": set(),
