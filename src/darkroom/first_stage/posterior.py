@@ -48,6 +48,8 @@ class Posterior:
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """One draw. Noise is made on the generator's device: a CPU generator gives the same noise for any device."""
+        if self.logvar is None:
+            return self.mean
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device, dtype=self.mean.dtype)
         return self.sample_with(noise.to(self.mean.device))
 

@@ -146,8 +146,8 @@ class FirstStageStep:
             psnr += float((10.0 * torch.log10(4.0 / error.square().mean(1).clamp_min(1e-10))).sum())
             absolute += float(error.abs().mean(1).sum())
             kl += float(posterior.kl().sum())
-            if codebook is not None:
-                used = used + code_counts(codebook.nearest(posterior.mean), codebook.size)
+            if codebook is not None and used is not None:
+                used += code_counts(codebook.nearest(posterior.mean), codebook.size)
             count += image.shape[0]
         if count == 0:
             return {}
