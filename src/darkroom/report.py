@@ -140,15 +140,40 @@ def render(run: Run) -> str:
         ("settings", "Settings", settings_section(run)),
         ("environment", "Scores and environment", environment_section(run)),
     ]
+    return html_page(name, headline(run, name), sections)
+
+
+def html_page(title: str, head: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """The frame that all of Darkroom's pages have. Sections are (id, title, body); those without a body are left out,
+    those without a title have no entry in the navigation."""
     page, style, script = (_text(ASSETS / file) for file in ("page.html", "style.css", "script.js"))
     return page.format(
-        title=escape(name),
+        title=escape(title),
         style=style,
         script=script,
-        links="".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, body in sections if body and title),
-        headline=headline(run, name),
+        links="".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, body in sections if body and name),
+        headline=head,
         sections="\n".join(f'<section id="{key}">{body}</section>' for key, _, body in sections if body),
     )
+
+
+def page_head(kicker: str, title: str, about: str = "", tiles: Sequence[tuple[str, str]] = ()) -> str:
+    """Kind of page, title, one line about it, and the numbers that matter as (label, value)."""
+    parts = [f'<p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>']
+    if about:
+        parts.append(f'<p class="about">{escape(about)}</p>')
+    if tiles:
+        shown = [f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in tiles]
+        parts.append(f'<div class="tiles">{"".join(shown)}</div>')
+    return "".join(parts)
+
+
+def notes_box(notes: Sequence[str], all_well: str) -> str:
+    """What a reader must know before trusting the numbers (HTML sentences); one quiet line when there is nothing."""
+    if not notes:
+        return f'<p class="all-well">{escape(all_well)}</p>'
+    items = "".join(f"<li>{note}</li>" for note in notes)
+    return f'<div class="notes"><h2>Before you trust it</h2><ul>{items}</ul></div>'
 
 
 def stage_title(stage: str) -> str:
@@ -157,12 +182,7 @@ def stage_title(stage: str) -> str:
 
 def headline(run: Run, name: str) -> str:
     """Title, one line about the run, the numbers that matter, and the last pictures."""
-    parts = [f'<p class="kicker">Darkroom training report</p><h1>{escape(name)}</h1>']
-    if about := about_line(run.plan):
-        parts.append(f'<p class="about">{escape(about)}</p>')
-    tiles = [f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in key_numbers(run)]
-    if tiles:
-        parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
+    parts = [page_head("Darkroom training report", name, about_line(run.plan), key_numbers(run))]
     for stage, what in (("denoiser", "Generated pictures"), ("first_stage", "Reconstructions")):
         if frames := run.samples.get(stage):
             step, file = frames[-1]
@@ -232,10 +252,7 @@ def warnings_section(run: Run) -> str:
         notes.append("The run was interrupted; <code>darkroom train</code> with <code>--resume</code> continues it.")
     if not run.metrics:
         notes.append("No metrics were recorded.")
-    if not notes:
-        return '<p class="all-well">No unreadable files, no values that were not finite, no warnings.</p>'
-    items = "".join(f"<li>{note}</li>" for note in notes)
-    return f'<div class="notes"><h2>Before you trust it</h2><ul>{items}</ul></div>'
+    return notes_box(notes, "No unreadable files, no values that were not finite, no warnings.")
 
 
 def stage_section(run: Run, stage: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -158,8 +158,17 @@ def path(points: Points, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
-    """An HTML figure: title, legend with the latest values, SVG. Empty when no series has a finite value."""
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    note: str = "",
+    places: Mapping[float, str] | None = None,
+    across: str = "train steps",
+) -> str:
+    """An HTML figure: title, legend with the latest values, SVG. Empty when no series has a finite value.
+
+    places: names of the places on the horizontal axis, where they are not numbers; across: what that axis counts.
+    """
     series = [s for s in series if any(math.isfinite(y) for _, y in s.points)]
     if not series:
         return ""
@@ -167,6 +176,8 @@ def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
     steps = [step for s in series for step, _ in s.points]
     first, last = min(steps), max(steps)
     x = Axis(0.0 if first <= 0.2 * last else first, last if last > first else first + 1, LEFT, WIDTH - RIGHT)
+    if places:
+        x = Axis(min(places) - 0.3, max(places) + 0.3, LEFT, WIDTH - RIGHT)
     y, off = value_axis(series, means)
 
     legend: list[str] = []
@@ -198,23 +209,23 @@ def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
         f'<figure class="chart"><figcaption><h4>{escape(title)}</h4>'
         f'<p class="legend">{"".join(legend)}</p></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-probe="{escape(json.dumps(probes))}" '
-        f'aria-label="{escape(title)}, train steps {number(first)} to {number(last)}">{_frame(x, y)}'
+        f'aria-label="{escape(title)}, {escape(across)} {number(first)} to {number(last)}">{_frame(x, y, places)}'
         f'<svg x="{left}" y="{top}" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
         f'{"".join(lines)}</svg><g class="probe"></g></svg>'
         f'<p class="remark">{escape("; ".join(r for r in remarks if r)) or "&nbsp;"}</p></figure>'
     )
 
 
-def _frame(x: Axis, y: Axis) -> str:
+def _frame(x: Axis, y: Axis, places: Mapping[float, str] | None = None) -> str:
     """Horizontal grid lines, the axis, and the labels of both directions."""
     parts: list[str] = []
     for tick in log_ticks(y.low, y.high) if y.logarithmic else linear_ticks(y.low, y.high):
         place = y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{place + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in linear_ticks(x.low, x.high):
+    for tick, word in (places or {t: number(t) for t in linear_ticks(x.low, x.high)}).items():
         anchor = "end" if x(tick) > WIDTH - RIGHT - 12 else "middle"
-        label = f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{number(tick)}</text>'
+        label = f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{escape(word)}</text>'
         parts.append(label)
     floor = HEIGHT - BOTTOM
     return "".join([*parts, f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>'])

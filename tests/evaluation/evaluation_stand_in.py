@@ -1,4 +1,4 @@
-"""A perceptual network and data sets small enough for tests: what they say matters less than that it is the same twice."""
+"""A perceptual network and data sets small enough for tests; what they say need only be the same twice."""
 
 from __future__ import annotations
 

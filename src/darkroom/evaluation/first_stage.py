@@ -312,7 +312,7 @@ def _protocol(
         "posterior": "mode",
         "reconstructions": "clamped to [-1, 1], not rounded to the steps of a file",
         "PSNR": "mean over images, data range 2",
-        "SSIM": "Wang et al. 2004: Gaussian 11x11, sigma 1.5, K1 0.01, K2 0.03, windows wholly inside, mean of channels",
+        "SSIM": "Wang et al. 2004: Gaussian 11x11, sigma 1.5, K1 0.01, K2 0.03, windows inside, mean of channels",
         "perceptual": {"name": distance.name, "weights": distance.weights, "mean": "over images"},
         "frechet": {"name": embedding.name, "weights": embedding.weights, "covariance": "N - 1, float64, eigenvalues"},
         "gradient_energy": "sum over images of mean squared differences of neighbours, reconstructions / originals",

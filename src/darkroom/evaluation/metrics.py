@@ -48,8 +48,8 @@ def ssim(image: Tensor, other: Tensor) -> Tensor:
 def _window_means(x: Tensor) -> Tensor:
     """(..., H, W) -> (..., H-10, W-10): Gaussian means over each window, first along the columns, then along rows."""
     places = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = torch.exp(-places.square() / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).tolist()
+    window = torch.exp(-places.square() / (2 * SIGMA**2))
+    weights: list[float] = (window / window.sum()).tolist()
     for dim in (-2, -1):
         length = x.shape[dim] - WINDOW + 1
         # One pass over memory for each weight; torch's convolution of single channels in float64 is slower.
