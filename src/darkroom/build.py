@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from darkroom.conditioning.classes import ClassEncoder, ClassEncoderConfig
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.encoder import ConditionEncoder
@@ -20,8 +22,10 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder, IdentityConfig
+from darkroom.first_stage.preview import PreviewDecoder, PreviewDecoderConfig
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
 from darkroom.networks.unet import UNet
+from darkroom.pixel_format import PixelFormat
 
 ENCODERS: dict[str, type[ClassEncoderConfig] | type[TextEncoderConfig]] = {
     "class": ClassEncoderConfig,
@@ -30,8 +34,17 @@ ENCODERS: dict[str, type[ClassEncoderConfig] | type[TextEncoderConfig]] = {
 
 
 def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
-    """An untrained first stage (shift 0, scale 1) from the dict form of `AutoencoderConfig`; of kind "identity" from its
-    number of channels. "kl" and "vq" follow from `codebook_size`; one that is stated and disagrees is an error."""
+    """An untrained first stage (shift 0, scale 1) from the dict form of `AutoencoderConfig`; of kind "identity" from
+    its number of channels. "kl" and "vq" follow from `codebook_size`; one that is stated and disagrees is an error.
+    `pixels` is the dict form of `PixelFormat`; 8 bits where there is none."""
+    pixels = from_dict(PixelFormat, config.get("pixels") or {}, "first_stage.pixels")
+    first_stage = _build_autoencoder({k: v for k, v in config.items() if k != "pixels"})
+    first_stage.pixels = pixels
+    first_stage.config_dict = {**first_stage.config_dict, "pixels": to_dict(pixels)}  # type: ignore
+    return first_stage
+
+
+def _build_autoencoder(config: Mapping[str, Any]) -> FirstStage:
     kind, values = config.get("kind"), {k: v for k, v in config.items() if k != "kind"}
     if kind == "identity":
         identity = from_dict(IdentityConfig, values, "first_stage")
@@ -48,6 +61,22 @@ def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
     first_stage = FirstStage(Autoencoder(autoencoder_config))
     first_stage.config_dict = {"kind": follows, **to_dict(autoencoder_config)}  # type: ignore[assignment]
     return first_stage
+
+
+def pixel_first_stage(channels: int, pixels: PixelFormat) -> FirstStage:
+    """The identity (f = 1): the first stage of a model that works on pixels."""
+    return build_first_stage({"kind": "identity", "channels": channels, "pixels": to_dict(pixels)})
+
+
+def build_preview(
+    config: Mapping[str, Any], shift: Tensor | float = 0.0, scale: Tensor | float = 1.0
+) -> PreviewDecoder:
+    """An untrained preview decoder from the dict form of `PreviewDecoderConfig`; its `first_stage` is the fingerprint
+    of the encoder whose latents it is for."""
+    preview_config = from_dict(PreviewDecoderConfig, {k: v for k, v in config.items() if k != "first_stage"}, "preview")
+    preview = PreviewDecoder(preview_config, shift, scale)
+    preview.config_dict = {**to_dict(preview_config), "first_stage": config.get("first_stage")}
+    return preview
 
 
 def build_denoiser(config: Mapping[str, Any]) -> Denoiser:

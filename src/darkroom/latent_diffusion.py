@@ -1,6 +1,7 @@
 """`LatentDiffusion`: first stage, denoiser and conditioner together. The only place where all three meet.
 
-Shapes: B batch, C latent channels, H W latent size; images are (B, height, width, channels) uint8 at this edge.
+Shapes: B batch, C latent channels, H W latent size; images are (B, height, width, channels) at this edge, in the
+model's pixel type.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.guidance import Guided
+from darkroom.pixel_format import PixelFormat
 from darkroom.solvers import SOLVERS, default_spacing
 
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "solver": "dpm++2m", "batch_size": 16}
@@ -52,8 +54,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """images: (B, height, width, channels) uint8; latents: (B, C, H, W) normalised; nfe: network calls per image;
-    settings: one dict per image that repeats it."""
+    """images: (B, height, width, channels) in the model's pixel type, for most models uint8; latents: (B, C, H, W)
+    normalised; nfe: network calls per image; settings: one dict per image that repeats it."""
 
     images: np.ndarray
     latents: Tensor
@@ -61,10 +63,14 @@ class Result:
     settings: list[dict[str, Any]]
 
 
+def to_pixels(image: Tensor, pixels: PixelFormat) -> np.ndarray:
+    """(B, C, height, width) in [-1, 1] -> (B, height, width, C) in the type and range of the format."""
+    return pixels.from_network(image).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """(B, C, height, width) in [-1, 1] -> (B, height, width, C) uint8, rounded to the nearest value."""
-    scaled = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return to_pixels(image, PixelFormat())
 
 
 class LatentDiffusion(nn.Module):
@@ -86,6 +92,15 @@ class LatentDiffusion(nn.Module):
     def defaults(self) -> dict[str, Any]:
         """Steps, guidance scale, solver, batch size and size used when a request leaves them out."""
         return DEFAULTS | {"size": (64, 64)} | self.info.get("defaults", {})
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the numbers of its images mean: the first stage knows; 8 bits where there is none."""
+        return PixelFormat() if self.first_stage is None else self.first_stage.pixels
+
+    @property
+    def image_channels(self) -> int:
+        return self.latent_channels if self.first_stage is None else self.first_stage.image_channels
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +242,7 @@ class LatentDiffusion(nn.Module):
                     "guidance scale or more steps, float32 weights, or another checkpoint of the model"
                 )
             latents.append(latent)
-            images.append(to_uint8(image))
+            images.append(to_pixels(image, self.pixels))
         return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, nfe))
 
     def _sample(self, request: Request, part: slice, on_step: Callable[[int], None] | None) -> tuple[Tensor, int]:
@@ -277,8 +292,8 @@ class LatentDiffusion(nn.Module):
         return self.conditioner.null(count).to(self.device)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]."""
-        return latent if self.first_stage is None else self.first_stage.decode(latent)
+        """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]; large ones in exact strips."""
+        return latent if self.first_stage is None else self.first_stage.decode(latent, tile="auto")
 
     def _settings(self, request: Request, nfe: int) -> list[dict[str, Any]]:
         from darkroom import __version__

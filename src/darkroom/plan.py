@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
+from darkroom.build import (
+    build_conditioner,
+    build_denoiser,
+    build_first_stage,
+    conditioner_config,
+    denoiser_config,
+    pixel_first_stage,
+)
 from darkroom.config import from_dict, merge, to_dict
 from darkroom.data.inspection import glimpse
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
@@ -74,22 +81,30 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
 
     Captions win over classes, classes over nothing. On a CPU, below three hours, images become 64x64 with f = 4; with
     more time or a GPU 128x128 with f = 8; but of 32, 64, 128 never more than the shorter side of the median image.
-    Images without colour are trained with one channel. `data` holds settings that the caller fixed.
+    Images without colour are trained with one channel, images of more than 8 bits as they are. `data` holds settings
+    that the caller fixed.
     """
-    found = open_dataset(from_dict(DataConfig, {"source": source, **data}, "data"))
-    look = None if found.config.is_shapes else glimpse(found.config.source)
+    stated = from_dict(DataConfig, {"source": source, **data}, "data")
+    look = None if stated.is_shapes or stated.is_synthetic else glimpse(stated.source)
+    seen: dict[str, Any] = {}
+    if look is not None and look.pixels != "uint8":
+        seen["pixels"] = look.pixels
+    if look is not None and (look.grey or look.channels not in (1, 3)):
+        seen["channels"] = look.channels
+    found = open_dataset(from_dict(DataConfig, {"source": source, **seen, **data}, "data"))
     limit = 128 if gpu or (minutes is not None and minutes >= LARGE_MINUTES) else 64
     if "size" in data:
         limit = min(limit, *found.config.width_height)
     elif look is not None:
         limit = max([side for side in SIDES if side <= min(limit, look.short_side)], default=SIDES[0])
     settings = read_recipe(find_recipe("auto-128" if limit >= 128 else "auto-64"))
-    grey = look is not None and look.grey
-    chosen: dict[str, Any] = {"source": source, "size": limit} | ({"channels": 1} if grey else {}) | dict(data)
+    chosen: dict[str, Any] = {"source": source, "size": limit} | seen | dict(data)
     settings["description"] = f"Made by `darkroom train {Path(source).name}`."
-    if chosen.get("channels") == 1:
-        settings = merge(settings, {"first_stage": {"train": {"autoencoder": {"in_channels": 1, "out_channels": 1}}}})
-        if "channels" not in data:
+    channels = chosen.get("channels", 3)
+    if channels != 3:
+        widths = {"in_channels": channels, "out_channels": channels}
+        settings = merge(settings, {"first_stage": {"train": {"autoencoder": widths}}})
+        if "channels" not in data and channels == 1:
             settings["description"] += " No colour was seen, so there is one channel; data.channels=3 keeps three."
     conditioner: dict[str, Any] = {}
     if "text" in found.fields:
@@ -136,9 +151,10 @@ class Planner:
         if choice.train is not None and choice.train.init_from is not None:
             return load_first_stage(choice.train.init_from, torch.device("cpu")).requires_grad_(True)
         if choice.train is not None:
-            return build_first_stage(to_dict(choice.train.autoencoder))
+            pixels = to_dict(self.recipe.data.pixel_format)
+            return build_first_stage(to_dict(choice.train.autoencoder) | {"pixels": pixels})
         if choice.name is None and choice.path is None:
-            return None
+            return pixel_first_stage(self.recipe.data.channels, self.recipe.data.pixel_format)
         return load_first_stage(choice.name or str(choice.path), torch.device("cpu"))
 
     def _check_images(self) -> None:
@@ -149,6 +165,13 @@ class Planner:
             raise DarkroomError(
                 f'"{key}" is {self.first_stage.image_channels} but the data has "data.channels" {channels}: '
                 "make them equal"
+            )
+        pixels = self.recipe.data.pixel_format
+        if self.first_stage is not None and self.first_stage.pixels != pixels:
+            own = self.first_stage.pixels
+            raise DarkroomError(
+                f"the first stage works on {own.dtype} pixels from {own.low:g} to {own.high:g}, the data has "
+                f'{pixels}: set "data.pixels" to {own.dtype} and "data.value_range" to [{own.low:g}, {own.high:g}]'
             )
 
     def _trains_new(self) -> bool:

@@ -13,6 +13,7 @@ from darkroom.data.locations import is_shapes, part_of
 from darkroom.errors import DarkroomError
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load
+from darkroom.pixel_format import PixelFormat
 from darkroom.plan import automatic_recipe
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
 
@@ -60,7 +61,7 @@ def new_recipe(
         fixed = section(with_overrides({}, changes), "data")
         given = first_stage or init_from
         if given is not None:
-            fixed = {"channels": _image_channels(str(given)), **fixed}
+            fixed = _image_settings(str(given)) | fixed
         settings = automatic_recipe(str(data or text), minutes, fixed, gpu)
     settings |= parts
     if seed is not None:
@@ -165,8 +166,10 @@ def _parts_of_model(path: str) -> dict[str, Any]:
     }
 
 
-def _image_channels(path: str) -> int:
-    """Channels of the images that a model makes: those to train it on."""
+def _image_settings(path: str) -> dict[str, Any]:
+    """Channels and pixel format of the images that a model makes: those to train it on."""
     model = load(path, device="cpu")
-    first_stage = model.first_stage if isinstance(model, LatentDiffusion) else model
-    return model.latent_channels if first_stage is None else first_stage.image_channels
+    settings: dict[str, Any] = {"channels": model.image_channels}
+    if model.pixels != PixelFormat():
+        settings |= {"pixels": model.pixels.dtype, "value_range": [model.pixels.low, model.pixels.high]}
+    return settings

@@ -23,20 +23,32 @@ import yaml
 from torch import Tensor, nn
 
 from darkroom import __version__
-from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
+from darkroom.build import (
+    build_conditioner,
+    build_denoiser,
+    build_first_stage,
+    conditioner_config,
+    denoiser_config,
+    pixel_first_stage,
+)
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.config import from_dict, nearest, to_dict
-from darkroom.data.batches import Batches, collate
+from darkroom.data.batches import Batches, collate, pixels_of
 from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
 from darkroom.data.latent_cache import LatentCache
+from darkroom.data.pixels import resolve_pixels
 from darkroom.data.sources import open_dataset
 from darkroom.denoiser import Denoiser, DenoiserConfig
 from darkroom.errors import DarkroomError
+from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
+from darkroom.first_stage.identity import IdentityAutoencoder
+from darkroom.first_stage.statistics import encoder_fingerprint
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
 from darkroom.model_io import load, load_first_stage, save, select_device
 from darkroom.perceptual_job import train_perceptual
 from darkroom.plan import Plan, Planner, describe_plan, fit_minutes, with_times
+from darkroom.preview_job import preview_stage, with_derived_sizes
 from darkroom.recipe_source import new_recipe, resumed_recipe
 from darkroom.report import model_card, write_report
 from darkroom.safe_files import read_json, write_file
@@ -45,9 +57,9 @@ from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.denoiser_step import DenoiserStep
 from darkroom.training.distributed import World, join_world, of_first_rank
 from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
-from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result, step_generator
+from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result
 from darkroom.training.progress import Progress, duration
-from darkroom.training.recipe import FirstStageChoice, Recipe
+from darkroom.training.recipe import Recipe
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
@@ -134,6 +146,8 @@ def train(
             raise DarkroomError(f"{folder}: already holds a run; continue it with --resume, or choose another --output")
         if folder.exists() and not folder.is_dir():
             raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
+    if minutes is not None and recipe.preview is not None and recipe.steps == 0 and recipe.first_stage.train is None:
+        raise DarkroomError("a preview decoder is trained for a number of steps: --set preview.steps=N")
     if recipe.perceptual is not None:
         if minutes is not None:
             raise DarkroomError("a perceptual network is trained for a number of steps: --set perceptual.steps=N")
@@ -171,6 +185,7 @@ class _Job:
         stated: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
+        recipe = with_pixels(recipe)
         self.recipe, self.folder, self.quiet, self.stated = recipe, folder, quiet, stated or {}
         if recipe.evaluate.solver not in SOLVERS:
             solver = recipe.evaluate.solver
@@ -197,6 +212,9 @@ class _Job:
         planner = Planner(self.recipe, self.data, self.device, self.stated)
         # With the widths that follow from other parts, so that the saved config tells what was built.
         self.recipe = replace(self.recipe, denoiser=from_dict(DenoiserConfig, planner.denoiser_config, "denoiser"))
+        if self.recipe.preview is not None and planner.first_stage is not None:
+            preview = with_derived_sizes(self.recipe.preview, planner.first_stage)
+            self.recipe = replace(self.recipe, preview=preview)
         if rehearse:
             planner.rehearse()
         return planner.plan(measure)
@@ -222,8 +240,15 @@ class _Job:
         """Both stages, then the model folder and the report; `summary` grows on the way."""
         folder = self.folder
         first_stage, result = self.first_stage_stage(resume)
+        assert first_stage is not None  # pixels have the identity
         if result is not None:
             summary |= _stage_summary("first_stage", result)
+            if result.interrupted:
+                return self._interrupted(summary)
+            summary["flat_colours"] = self._flat_colours(first_stage)
+        if self.recipe.preview is not None:
+            result, reached = preview_stage(self, first_stage, resume)
+            summary |= _stage_summary("preview", result) | {f"preview_{k}": round(v, 4) for k, v in reached.items()}
             if result.interrupted:
                 return self._interrupted(summary)
         if self.recipe.steps == 0:
@@ -236,8 +261,18 @@ class _Job:
             return Run(folder, None, None, summary)
         summary["minutes"] = round((summary.get("first_stage_seconds", 0) + summary["denoiser_seconds"]) / 60, 2)
         model.info |= self._model_info(summary)
-        save(model, folder / "model", card=model_card(self._card(model, summary)), live=live)
+        # A bundled first stage is named with its hash, not copied: one serves many denoisers.
+        named = self.recipe.first_stage.name is not None
+        save(model, folder / "model", card=model_card(self._card(model, summary)), live=live, refer=named)
         return self._finished(summary)
+
+    def _flat_colours(self, first_stage: FirstStage) -> dict[str, Any]:
+        """What the decoder makes of flat colours, as numbers; the pictures go to samples/flat-colours.png."""
+        found = flat_colour_test(first_stage)
+        if self.world.is_main:
+            path = self.folder / "samples" / "flat-colours.png"
+            write_image(image_grid(to_uint8(found.picture), columns=len(found.picture)), path)
+        return found.as_dict()
 
     def _finish_first_stage(self, first_stage: FirstStage | None, summary: dict[str, Any]) -> Run:
         """The end of a recipe with `steps: 0`: the first stage is the model."""
@@ -268,7 +303,8 @@ class _Job:
         _write_json(folder / "plan.json", to_dict(plan))
         count = min(32, len(self.data))
         shown = [self.data[i * len(self.data) // count] for i in range(count)]
-        write_image(contact_sheet(shown, class_names=self.data.class_names), folder / "samples" / "contact-sheet.png")
+        sheet = contact_sheet(shown, class_names=self.data.class_names, pixels=self.data.pixels)
+        write_image(sheet, folder / "samples" / "contact-sheet.png")
         if problems:
             self.say(f"skipped {problems} unreadable images (listed in {folder / 'data.json'})")
 
@@ -309,16 +345,19 @@ class _Job:
     def _validation_batches(self, dataset: Any, batch_size: int = 32) -> list[dict[str, Any]]:
         chosen = spread(len(dataset), VALIDATION_IMAGES)
         return [
-            collate([dataset[i] for i in chosen[first : first + batch_size]])
+            collate([dataset[i] for i in chosen[first : first + batch_size]], pixels_of(dataset))
             for first in range(0, len(chosen), batch_size)
         ]
 
     def first_stage_stage(self, resume: bool) -> tuple[FirstStage | None, LoopResult | None]:
-        """The trained or given first stage, with measured latents; None for pixel models."""
+        """The trained or given first stage, with measured latents; the identity for pixel models."""
         choice = self.recipe.first_stage
         if choice.train is None:
             place = choice.name or choice.path
-            return (None if place is None else load_first_stage(place, self.device)), None
+            if place is None:  # on pixels
+                first_stage = pixel_first_stage(self.recipe.data.channels, self.data.pixels)
+                return first_stage.to(self.device).eval(), None
+            return load_first_stage(place, self.device), None
         done = self.folder / "first_stage"
         if resume and (done / "darkroom.json").is_file():
             loaded = load(done, device=str(self.device))
@@ -331,7 +370,7 @@ class _Job:
         if config.init_from is not None:
             first_stage = load_first_stage(config.init_from, self.device).requires_grad_(True)
         else:
-            first_stage = build_first_stage(to_dict(config.autoencoder))
+            first_stage = build_first_stage(to_dict(config.autoencoder) | {"pixels": to_dict(self.data.pixels)})
             quieten_posterior(first_stage.trainable, config.objective.initial_posterior_std)
         step = FirstStageStep(first_stage.trainable, config.objective)
         batches = self._validation_batches(self.validation if len(self.validation) else self.data)
@@ -356,12 +395,15 @@ class _Job:
         if trainer.ema is not None:
             trainer.ema.swap()  # the averaged weights are the first stage from here on
         first_stage.to(self.device).eval()
+        first_stage.__dict__.pop("reference", None)  # it is no longer the bundled one that it may have begun as
+        if config.objective.train_encoder:
+            first_stage.preview = None  # of other latents
         if config.objective.train_encoder or config.init_from is None:
             self.say("measuring the latents")
             chosen = spread(len(self.data), MEASURED_IMAGES)
             parts = (chosen[k : k + 64] for k in range(0, len(chosen), 64))
-            images = (collate([self.data[i] for i in part])["image"] for part in parts)
-            first_stage.measure(images, step_generator(config.seed, "measure"))
+            images = (collate([self.data[i] for i in part], self.data.pixels)["image"] for part in parts)
+            first_stage.measure(images, config.latents)
         result.last.update(validate(result.steps))
         if self.world.is_main:
             save(first_stage, done)
@@ -394,7 +436,7 @@ class _Job:
                 path = self.folder / "samples" / f"denoiser-{train_step:06d}.png"
                 names = self.data.class_names or []
                 captions = request.prompts or [names[int(label)] for label in request.class_labels or []]
-                write_png(path, image_grid(images), {"captions": json.dumps(captions)})
+                write_png(path, image_grid(images, pixels=model.pixels), {"captions": json.dumps(captions)})
 
         with contextlib.closing(self._batches(dataset, recipe)) as source:
             trainer = self._trainer("denoiser", step, source, recipe, Hooks(validate, sample))
@@ -441,7 +483,7 @@ class _Job:
 
     def _latents(self, first_stage: FirstStage | None, wanted: Collection[str]) -> tuple[Any, Any]:
         """The two splits as cached posterior moments and the wanted fields; the images themselves for pixel models."""
-        if first_stage is None:
+        if first_stage is None or isinstance(first_stage.autoencoder, IdentityAutoencoder):
             return self.data, self.validation
         autoencoder = first_stage.autoencoder.eval()
 
@@ -449,6 +491,7 @@ class _Job:
             return autoencoder.encode(images.to(self.device)).moments
 
         self.say("encoding the images to latents")
+        encoder = encoder_fingerprint(autoencoder)
         caches = []
         for split, images in (("train", self.data), ("validation", self.validation)):
             started = time.perf_counter()
@@ -459,7 +502,9 @@ class _Job:
 
                 place = self.folder / "latents" / split
                 caches.append(
-                    LatentCache.build(images, encode, place, autoencoder=autoencoder, wanted=wanted, progress=report)
+                    LatentCache.build(
+                        images, encode, place, autoencoder=encoder, wanted=wanted, progress=report, say=self.say
+                    )
                 )
         return caches[0], caches[1]
 
@@ -503,7 +548,6 @@ class _Job:
                 "guidance_scale": evaluate.guidance_scale,
                 "size": [width, height],
             },
-            "pixels": self.recipe.first_stage == FirstStageChoice(),  # no first stage because none is needed
             "data": self.data.describe() | {"source": data_names(self.recipe.data.source)},
             "training": dict(summary),
         }
@@ -545,6 +589,17 @@ class _Job:
             _write_json(self.folder / "summary.json", summary)
             self.say(f"stopped; go on with: darkroom train --resume --output {self.folder}")
         return Run(self.folder, None, None, summary)
+
+
+def with_pixels(recipe: Recipe) -> Recipe:
+    """The recipe with the pixel format stated: that of a given first stage where it fits, else by the files."""
+    data, choice = recipe.data, recipe.first_stage
+    given = choice.name or choice.path or (choice.train.init_from if choice.train is not None else None)
+    if not data.is_resolved and given is not None:
+        pixels = load_first_stage(given, "cpu").pixels
+        if data.pixels in ("auto", pixels.dtype) and data.value_range is None:
+            data = replace(data, pixels=pixels.dtype, value_range=(pixels.low, pixels.high))
+    return replace(recipe, data=resolve_pixels(data))
 
 
 def spread(length: int, most: int) -> list[int]:

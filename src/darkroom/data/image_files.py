@@ -130,7 +130,7 @@ def _png_bits(data: bytes) -> int:
     return data[24] if data.startswith(_PNG) and len(data) > 24 else 0
 
 
-def _read_png16(data: bytes, image: Image.Image) -> tuple[np.ndarray, bool]:
+def _read_png16(data: bytes, image: Any) -> tuple[np.ndarray, bool]:
     """16-bit PNG of several channels, (H, W, C) uint16.
 
     Pillow keeps the high byte of such samples. Read as if they were little-endian it keeps the low byte: two passes
@@ -153,8 +153,9 @@ def _read_png16(data: bytes, image: Image.Image) -> tuple[np.ndarray, bool]:
 
 def _decoded(data: bytes, raw_mode: str) -> np.ndarray:
     """The PNG as Pillow decodes it when its samples are taken for `raw_mode`."""
-    with Image.open(io.BytesIO(data)) as image:
-        tile: Any = image.tile[0]
+    with Image.open(io.BytesIO(data)) as opened:
+        image: Any = opened
+        tile = image.tile[0]
         image.tile = [tile._replace(args=raw_mode) if hasattr(tile, "_replace") else (*tile[:3], raw_mode)]
         return np.asarray(image)
 

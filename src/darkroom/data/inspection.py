@@ -1,7 +1,8 @@
-"""What a source of pictures holds, before anything is cropped, resized or reduced to 8 bits."""
+"""What a source of pictures holds, before anything is cropped, resized or converted."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -12,12 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from darkroom.data.image_files import Samples, is_array_file, read_samples
+from darkroom.data.pixels import widest
 from darkroom.data.records import Record, label_by_folder, read_parts, reason_of
-from darkroom.data.sources import DataConfig, ShapesDataset
+from darkroom.data.sources import SYNTHETIC, DataConfig, ShapesDataset, open_dataset
+from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelType
 
+_KINDS = {"f": " float", "i": " signed"}
 SHAPES_LOOKED_AT = 256  # scenes of the procedural set, which has no end
+SYNTHETIC_LOOKED_AT = 64
 SMALL_SET = 2000  # images below which a model mostly repeats what it has seen
 
 
@@ -28,7 +35,8 @@ class _Picture:
     size: tuple[int, int]
     format: str
     mode: str
-    bits: int
+    channels: int
+    bits: str
     low: float
     high: float
     rotated: bool
@@ -40,6 +48,8 @@ def inspect_source(source: str, progress: Callable[[int, int], None] | None = No
     """Counts, sizes, value range, captions, classes and problems, ready for JSON. Decodes every picture once."""
     if source.split(":")[0] == "shapes":
         return _inspect_shapes(source)
+    if source in SYNTHETIC:
+        return _inspect_synthetic(source)
     train, validation = read_parts(source)
     readings = [train] if validation is None else [train, validation]
     records = [record for reading in readings for record in reading.records]
@@ -77,32 +87,45 @@ def _look(record: Record) -> _Picture | str:
     """The stored picture's facts, or why it cannot be used."""
     try:
         data = record.image.read()
-        with Image.open(io.BytesIO(data)) as image:
-            rotated = image.getexif().get(0x0112, 1) != 1
-            transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-            shown = image.convert("RGBA" if transparent else "RGB") if image.mode == "P" else image
-            pixels = np.asarray(shown)
-            return _Picture(
-                size=image.size,
-                format=str(image.format),
-                mode=image.mode,
-                bits={"I": 16, "F": 32}.get(image.mode[:1], 8),
-                low=float(pixels.min()),
-                high=float(pixels.max()),
-                rotated=rotated,
-                transparent=transparent,
-                digest=hashlib.sha256(data).digest(),
-            )
+        samples = read_samples(data)
+        values = samples.values
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return "holds values that are not finite (NaN or infinity); replace them by numbers"
+        return _Picture(
+            size=(values.shape[1], values.shape[0]),
+            format=samples.format,
+            mode=_mode(data, values),
+            channels=values.shape[2] - samples.alpha,
+            bits=f"{8 * values.dtype.itemsize}{_KINDS.get(values.dtype.kind, '')}",
+            low=float(values.min()),
+            high=float(values.max()),
+            rotated=samples.rotated,
+            transparent=samples.alpha,
+            digest=hashlib.sha256(data).digest(),
+        )
+    except DarkroomError as error:  # a library is missing
+        return str(error)
     except Exception as error:  # whatever a damaged file makes a decoder raise, it is only one picture
         return reason_of(error)
 
 
+def _mode(data: bytes, values: np.ndarray) -> str:
+    """Pillow's word where it has one, else type and channels."""
+    if not is_array_file(data):
+        with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
+            return str(image.mode)
+    return f"{values.dtype}x{values.shape[2]}"
+
+
 @dataclass(frozen=True)
 class Glimpse:
-    """What a few pictures, taken evenly from a source, have in common. short_side: the median, in pixels."""
+    """What a few pictures, taken evenly from a source, have in common. short_side: the median, in pixels; channels:
+    the most frequent number, without opacity; pixels: the type that holds them all."""
 
     short_side: int
     grey: bool
+    channels: int = 3
+    pixels: PixelType = "uint8"
 
 
 def glimpse(source: str | list[str], count: int = 64) -> Glimpse | None:
@@ -110,24 +133,30 @@ def glimpse(source: str | list[str], count: int = 64) -> Glimpse | None:
     records = read_parts(source)[0].records
     chosen = [records[i * len(records) // count] for i in range(count)] if len(records) > count else records
     sides: list[int] = []
+    counts: Counter[int] = Counter()
     grey = True
     for record in chosen:
         try:
-            with Image.open(io.BytesIO(record.image.read())) as image:
-                sides.append(min(image.size))
-                grey = grey and _is_grey(image)
+            samples = read_samples(record.image.read())
         except Exception:  # one damaged picture
             continue
-    return Glimpse(sorted(sides)[len(sides) // 2], grey) if sides else None
+        sides.append(min(samples.values.shape[:2]))
+        counts[samples.values.shape[2] - samples.alpha] += 1
+        grey = grey and _is_grey(samples)
+    if not sides:
+        return None
+    channels = 1 if grey else counts.most_common(1)[0][0]
+    return Glimpse(sorted(sides)[len(sides) // 2], grey, channels, widest(chosen))
 
 
-def _is_grey(image: Image.Image) -> bool:
-    """Whether no visible pixel has a colour."""
-    if image.mode in ("1", "L", "LA", "La") or image.mode[0] in "IF":  # "LAB" has colour
-        return True
-    pixels = np.asarray(image.convert("RGBA"))
-    colours = pixels[pixels[..., 3] > 0][:, :3]
-    return bool((colours == colours[:, :1]).all())
+def _is_grey(samples: Samples) -> bool:
+    """Whether no visible pixel has a colour. Only three channels can be colours."""
+    colours = samples.values
+    if samples.alpha:
+        colours = colours[colours[..., -1] > 0][:, :-1]
+    if colours.shape[-1] not in (1, 3):
+        return False
+    return bool((colours == colours[..., :1]).all())
 
 
 def _picture_facts(pictures: Sequence[_Picture]) -> dict[str, Any]:
@@ -145,6 +174,7 @@ def _picture_facts(pictures: Sequence[_Picture]) -> dict[str, Any]:
             "most_common": list(common),
             "share_of_most_common": times / len(pictures),
         },
+        "channels": dict(Counter(p.channels for p in pictures).most_common()),
         "bits": dict(Counter(p.bits for p in pictures).most_common()),
         "values": [min(p.low for p in pictures), max(p.high for p in pictures)],
         "rotated_by_exif": sum(p.rotated for p in pictures),
@@ -182,10 +212,22 @@ def _notes(pictures: Sequence[_Picture]) -> list[str]:
     notes = []
     if 0 < len(pictures) < SMALL_SET:
         notes.append(f"with fewer than {SMALL_SET} pictures a model will partly memorise them")
-    if any(p.bits == 16 for p in pictures):
-        notes.append("16-bit samples are scaled to 8 bits")
-    if any(p.bits == 32 for p in pictures):
-        notes.append("floating-point samples have no stated range and cannot be used")
+    kinds = {p.bits for p in pictures}
+    if "16" in kinds:
+        notes.append("16-bit samples are scaled to 8 bits unless data.pixels is uint16 (or auto)")
+    if kinds - {"8", "16"}:
+        low, high = min(p.low for p in pictures), max(p.high for p in pictures)
+        notes.append(
+            f"samples that are no 8 or 16-bit integers need data.pixels=float32 (or auto); their range, {low:g} to "
+            f"{high:g}, is that of the training images unless data.value_range says another"
+        )
+    counts = {p.channels for p in pictures}
+    if len(counts) > 1 and counts - {1, 3}:
+        notes.append(
+            "the pictures have different numbers of channels: those that do not fit data.channels are left out"
+        )
+    elif counts - {1, 3}:
+        notes.append(f"set data.channels to {max(counts)}")
     if any(p.transparent for p in pictures):
         notes.append("transparent parts are laid over the background colour (white unless set)")
     return notes
@@ -208,5 +250,27 @@ def _inspect_shapes(source: str) -> dict[str, Any]:
         },
         "classes": dict(Counter(dataset.class_names[scene.class_label] for scene in scenes).most_common()),
         "notes": [f"drawn on demand; captions and classes were counted over {SHAPES_LOOKED_AT} scenes"],
+        "problems": [],
+    }
+
+
+def _inspect_synthetic(source: str) -> dict[str, Any]:
+    from darkroom.data.synthetic import SETS
+
+    channels = SETS[source].channels
+    train, validation = (
+        open_dataset(DataConfig(source=source, channels=channels, pixels="auto"), split)
+        for split in ("train", "validation")
+    )
+    images = [train[i]["image"].numpy() for i in range(SYNTHETIC_LOOKED_AT)]
+    return {
+        "source": source,
+        "pictures": len(train),
+        "train": len(train),
+        "validation": len(validation),
+        "channels": {channels: len(train)},
+        "bits": {str(train.pixels.bits): len(train)},
+        "values": [min(float(i.min()) for i in images), max(float(i.max()) for i in images)],
+        "notes": [f"drawn on demand; values were seen in {SYNTHETIC_LOOKED_AT} images; pixels: {train.pixels}"],
         "problems": [],
     }

@@ -1,4 +1,7 @@
-"""Pictures at the edges: reading one for an edit, writing PNGs whole or not at all, grids and contact sheets."""
+"""Pictures at the edges: reading one for an edit, writing PNGs whole or not at all, grids and contact sheets.
+
+Grids and sheets are for looking at, so they have 8 bits: other images are shown as `preview` says.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from darkroom.data.transforms import to_eight_bits, to_network
+from darkroom.data.transforms import decode
 from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat
 from darkroom.safe_files import write_file
 
 
 def read_image(
-    path: str | Path, size: tuple[int, int] | None = None, channels: int = 3, background: str = "white"
+    path: str | Path,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    background: str = "white",
+    pixels: PixelFormat | None = None,
 ) -> np.ndarray:
-    """A picture by the rule of `transforms`, uint8 (H, W, C); without a size (width, height) without steps 5, 6."""
+    """A picture by the rule of `transforms`, (H, W, C) in the type of `pixels` (8 bits by default); without a size
+    (width, height) without steps 5, 6."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise DarkroomError(f"{path} is a folder; name a picture file")
     if not path.exists():
         raise DarkroomError(f"{path}: no such file; check the path of the picture")
     try:
-        with Image.open(path) as picture:
-            if size is not None:
-                return np.ascontiguousarray(to_network(picture, size, channels, background).transpose(1, 2, 0))
-            pixels = np.array(to_eight_bits(picture, channels, background))
+        values, _ = decode(path.read_bytes(), size, channels, pixels, background)
     except DarkroomError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__
         raise DarkroomError(
-            f"{path} is not a picture that can be read ({reason}); use a PNG, JPEG or WebP file"
+            f"{path} is not a picture that can be read ({reason}); use a PNG, JPEG, WebP, TIFF, NPY or EXR file"
         ) from None
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    return np.ascontiguousarray(values.transpose(1, 2, 0))
+
+
+def preview(image: np.ndarray, pixels: PixelFormat | None = None) -> np.ndarray:
+    """An image of any kind for people: (H, W) or (H, W, C) -> uint8 (H, W, 1 or 3).
+
+    The value range becomes 0 to 255. Of two channels the first is shown, of four and more the first three.
+    """
+    pixels = pixels or PixelFormat()
+    values = np.asarray(image)
+    values = values[..., None] if values.ndim == 2 else values
+    values = values[..., :1] if values.shape[2] < 3 else values[..., :3]
+    if pixels == PixelFormat():
+        return values
+    network = pixels.to_network(torch.from_numpy(np.ascontiguousarray(values)))
+    return PixelFormat().from_network(network).numpy()
 
 
 def to_picture(image: Image.Image | np.ndarray) -> Image.Image:
@@ -76,10 +98,16 @@ def write_image(image: Image.Image | np.ndarray, path: str | Path) -> None:
 
 
 def image_grid(
-    images: np.ndarray | Sequence[np.ndarray | Image.Image], columns: int | None = None, padding: int = 2
+    images: np.ndarray | Sequence[np.ndarray | Image.Image],
+    columns: int | None = None,
+    padding: int = 2,
+    pixels: PixelFormat | None = None,
 ) -> Image.Image:
-    """Pictures in rows, each in a cell of the largest size; uint8 (B, H, W, C) or a sequence. By default a square."""
-    pictures = [to_picture(image) for image in images]
+    """Pictures in rows, each in a cell of the largest size; (B, H, W, C) or a sequence. By default a square.
+
+    pixels: of arrays that do not have 8 bits; see `preview`.
+    """
+    pictures = [image if isinstance(image, Image.Image) else to_picture(preview(image, pixels)) for image in images]
     if not pictures:
         raise ValueError("a grid needs at least one picture")
     columns = columns or math.ceil(math.sqrt(len(pictures)))
@@ -95,12 +123,17 @@ def image_grid(
 
 
 def contact_sheet(
-    images: Sequence[Any], captions: Sequence[str] | None = None, columns: int = 8, class_names: Sequence[str] = ()
+    images: Sequence[Any],
+    captions: Sequence[str] | None = None,
+    columns: int = 8,
+    class_names: Sequence[str] = (),
+    pixels: PixelFormat | None = None,
 ) -> Image.Image:
     """What the network sees, with what it is told.
 
     images: examples of a dataset, or pictures (uint8 (H, W, C) arrays or Pillow images) with their captions. Examples
         show their text, else their class (by name when `class_names` has one), and their boxes as outlines.
+    pixels: of examples that do not have 8 bits; see `preview`.
     """
     if not len(images):
         raise ValueError("a contact sheet needs at least one picture")
@@ -108,7 +141,7 @@ def contact_sheet(
     words: list[str] = []
     for place, item in enumerate(images):
         words.append(_plain(captions[place] if captions is not None else _words(item, class_names)))
-        shown.append(_example_picture(item) if isinstance(item, dict) else to_picture(item).convert("RGB"))
+        shown.append(_example_picture(item, pixels) if isinstance(item, dict) else to_picture(item).convert("RGB"))
     # Small pictures are shown enlarged by whole factors, so that pixels stay pixels.
     cell = max(p.width for p in shown)
     factor = max(1, 128 // cell)
@@ -142,9 +175,8 @@ def _words(item: Any, class_names: Sequence[str]) -> str:
     return class_names[number] if number < len(class_names) else f"class {number}"
 
 
-def _example_picture(example: dict[str, Any]) -> Image.Image:
-    pixels = example["image"].permute(1, 2, 0).numpy()
-    picture = to_picture(pixels).convert("RGB")
+def _example_picture(example: dict[str, Any], pixels: PixelFormat | None) -> Image.Image:
+    picture = to_picture(preview(example["image"].permute(1, 2, 0).numpy(), pixels)).convert("RGB")
     if len(example.get("boxes", ())):
         draw = ImageDraw.Draw(picture)
         for _, x0, y0, x1, y1 in example["boxes"].tolist():

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
+from darkroom.first_stage import tiling
 from darkroom.first_stage.autoencoder import Autoencoder
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.posterior import Posterior
@@ -66,13 +68,35 @@ class FirstStage(nn.Module):
     def image_channels(self) -> int:
         return self.autoencoder.image_channels
 
-    def encode(self, image: Tensor) -> Posterior:
-        """(B, C, H, W) in [-1, 1] -> the posterior of the normalised latent (B, E, h, w)."""
-        return self.normalise_posterior(self.autoencoder.encode(image))
+    def encode(self, image: Tensor, tile: tiling.Tile = None) -> Posterior:
+        """(B, C, H, W) in [-1, 1] of any size -> the posterior of the normalised latent (B, E, h, w), h = ceil(H/f).
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latent (B, E, h, w) -> image (B, C, H, W), about [-1, 1]."""
-        return self.autoencoder.decode(self.denormalise(latent))
+        tile: the whole image at once (None), or strips of about that many pixels square that give the same result in
+        bounded memory and without gradients, or "auto", or a `Tiling` (tiling.py).
+        """
+        return self.normalise_posterior(tiling.encode(self.autoencoder, self.pad(image), tile))
+
+    def decode(self, latent: Tensor, tile: tiling.Tile = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Normalised latent (B, E, h, w) -> image (B, C, H, W), about [-1, 1]; `tile` as for `encode`.
+
+        size: (width, height) of the image that was encoded, if they are no multiples of f: what was padded is cut off.
+        """
+        f, (h, w) = self.downsampling, latent.shape[-2:]
+        width, height = (w * f, h * f) if size is None else size
+        if (-(-width // f), -(-height // f)) != (w, h):
+            raise DarkroomError(
+                f"a latent of {w}x{h} is no image of {width}x{height}: sides must be above {(w - 1) * f}x{(h - 1) * f} "
+                f"and at most {w * f}x{h * f}"
+            )
+        return tiling.decode(self.autoencoder, self.denormalise(latent), tile)[..., :height, :width]
+
+    def pad(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> sides that are multiples of f: the last column and row are repeated, right and below."""
+        height, width = image.shape[-2:]
+        right, bottom = -width % self.downsampling, -height % self.downsampling
+        if image.ndim != 4 or not height or not width or not (right or bottom):
+            return image  # as it is; the autoencoder names what it cannot take
+        return F.pad(image, (0, right, 0, bottom), mode="replicate")
 
     def normalise(self, z: Tensor) -> Tensor:
         """(z - shift) * scale, (B, E, h, w)."""
