@@ -48,9 +48,24 @@ ALLOWED: dict[str, set[str]] = {
     "report_tables": set(),
     "model_card": {"report_tables"},
     "report": {"report_charts", "report_tables", "model_card"},
+    "report_evaluation": {"report", "report_charts", "report_tables"},
 }
 # What puts the parts together may import everything that does not stand above it.
-COMPOSE = ("build", "model_io", "plan", "recipe_source", "perceptual_job", "train_job", "serving", "cli", "__main__")
+COMPOSE = (
+    "build",
+    "model_io",
+    "exchange",
+    "plan",
+    "recipe_source",
+    "perceptual_job",
+    "preview_job",
+    "train_job",
+    "eval_job",
+    "study",
+    "serving",
+    "cli",
+    "__main__",
+)
 # Third-party packages of the pure layers.
 ONLY_TORCH = ("diffusion", "features", "networks", "solvers", "first_stage", "denoiser", "objective", "guidance")
 

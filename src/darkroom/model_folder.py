@@ -21,8 +21,12 @@ FORMAT_VERSION = 1
 INDEX = "darkroom.json"
 CONFIG = "config.json"
 WEIGHTS = {"ema": "model.safetensors", "live": "model.live.safetensors"}
-PARTS = {"latent_diffusion": ("first_stage", "denoiser", "conditioner"), "first_stage": ("first_stage",)}
-OPTIONAL_PARTS = ("first_stage",)  # of a latent diffusion model: without it the denoiser works on pixels or alone
+PARTS = {
+    "latent_diffusion": ("first_stage", "denoiser", "conditioner", "preview"),
+    "first_stage": ("first_stage", "preview"),
+}
+# Without a first stage a denoiser works on pixels or alone. `preview` shows latents quickly; it may simply be deleted.
+OPTIONAL_PARTS = {"latent_diffusion": ("first_stage", "preview"), "first_stage": ("preview",)}
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -76,11 +80,13 @@ class ModelIndex:
     parts: dict[str, Path]
     references: dict[str, dict[str, str]]
     files: dict[str, str]
+    declared: tuple[str, ...] = ()  # the parts that the index itself names
 
     @property
     def sha256(self) -> str:
-        """Identity of the model: a digest of the digests of all its files."""
-        text = json.dumps({"files": self.files, "references": self.references}, sort_keys=True)
+        """Identity of the model: a digest of the digests of all files that decide its images, so not of a preview."""
+        files = {name: digest for name, digest in self.files.items() if not name.startswith("preview/")}
+        text = json.dumps({"files": files, "references": self.references}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -109,13 +115,16 @@ def read_index(folder: Path) -> ModelIndex:
             references[part] = _reference(path, part, place)
             parts[part] = find_reference(references[part], path)
         elif place == part:  # a folder of the same name: an index cannot lead outside its folder
-            parts[part] = folder / part
+            if part != "preview" or (folder / part).is_dir():
+                parts[part] = folder / part
         else:
             raise DarkroomError(f"{path} puts the part {part!r} at {place!r}; it must be {part!r} or a reference")
-    optional = OPTIONAL_PARTS if kind == "latent_diffusion" else ()
-    if missing := [part for part in PARTS[kind] if part not in parts and part not in optional]:
+    if missing := [part for part in PARTS[kind] if part not in parts and part not in OPTIONAL_PARTS[kind]]:
         raise DarkroomError(f"{path} lacks the part {missing[0]!r}; the model is incomplete")
-    return ModelIndex(folder, kind, info, parts, references, files)
+    if "preview" not in parts and "first_stage" in references:  # that of the bundled model
+        place = parts["first_stage"].with_name("preview")
+        parts |= {"preview": place} if place.is_dir() else {}
+    return ModelIndex(folder, kind, info, parts, references, files, tuple(declared))
 
 
 def _reference(path: Path, part: str, place: dict[str, Any]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from darkroom.build import build_conditioner, build_denoiser, build_first_stage
+from darkroom.build import build_conditioner, build_denoiser, build_first_stage, build_preview
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
+from darkroom.first_stage.preview import PreviewDecoder
+from darkroom.first_stage.statistics import encoder_fingerprint
 from darkroom.interop.diffusers_first_stage import Number
 from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage
 from darkroom.interop.tensor_file import is_weight_file, open_tensor_file
@@ -41,12 +43,18 @@ from darkroom.safe_files import (
     read_json,
     read_safetensors,
     sha256_of,
+    write_file,
     write_safetensors,
 )
 
 __all__ = ["bundled", "load", "load_first_stage", "save", "select_device", "select_dtype"]
 
-_BUILD = {"first_stage": build_first_stage, "denoiser": build_denoiser, "conditioner": build_conditioner}
+_BUILD: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "first_stage": build_first_stage,
+    "denoiser": build_denoiser,
+    "conditioner": build_conditioner,
+    "preview": build_preview,
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Keys of `info` that say where a model came from this time; they are made anew by each load.
 _TRANSIENT = ("sha256", "path", "weights")
@@ -98,7 +106,7 @@ def load(
     if not is_model_folder(path):
         found = find_first_stage(path)
         if found is None or found.inside:
-            _refuse_official(path, found)
+            refuse_official(path, found)
         return build_found(found, weights).to(on).eval()
     index = read_index(path)
     if weights == "live" and not any((place / WEIGHTS["live"]).is_file() for place in index.parts.values()):
@@ -108,6 +116,8 @@ def load(
     if first_stage is not None:
         _remember_reference(first_stage, index)
         first_stage.requires_grad_(False)
+        if "preview" in parts:
+            _attach_preview(first_stage, parts["preview"], index)
     if index.kind == "first_stage":
         assert isinstance(first_stage, FirstStage)
         return first_stage.to(on).eval()
@@ -139,7 +149,7 @@ def load_first_stage(
     else:
         on, found = select_device(device), find_first_stage(path)
         if found is None:
-            _refuse_official(path, found)
+            refuse_official(path, found)
         first_stage = build_found(found, weights).to(on).eval()
     if shift is not None or scale is not None:
         set_latents(first_stage, shift, scale)
@@ -185,7 +195,7 @@ def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | N
     first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
 
 
-def _refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
+def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
     """What is recognised, and read safely, and not loaded by this version."""
     if found is not None:
         held = f"{found.inside} ({len(found.file.shapes)} tensors in {found.file.path.name})"
@@ -255,6 +265,17 @@ def _remember_reference(first_stage: nn.Module, index: ModelIndex) -> None:
         object.__setattr__(first_stage, "reference", reference)
 
 
+def _attach_preview(first_stage: FirstStage, preview: PreviewDecoder, index: ModelIndex) -> None:
+    own, its = encoder_fingerprint(first_stage.autoencoder), preview.config_dict.get("first_stage")
+    if own != its:
+        raise DarkroomError(
+            f"{index.parts['preview']} belongs to another first stage (encoder {str(its)[:12]}, this one has "
+            f"{own[:12]}): delete that folder, then make one with `darkroom train preview --first-stage {index.folder}`"
+        )
+    first_stage.preview = preview
+    preview.shared = "preview" not in index.declared  # it came with the bundled first stage that is referred to
+
+
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
@@ -278,7 +299,7 @@ def save(
     """
     precision = None if str(dtype) == "auto" else select_dtype(dtype)
     destination = Path(folder).expanduser()
-    parts: dict[str, nn.Module] = {"first_stage": model} if isinstance(model, FirstStage) else _parts(model)
+    parts = _parts(model)
     known = {} if isinstance(model, FirstStage) else model.info
     kept = {key: value for key, value in (known | dict(info or {})).items() if key not in _TRANSIENT}
     place = destination.resolve()
@@ -292,10 +313,15 @@ def save(
             if reference is not None:
                 places[part] = {"reference": reference}
                 continue
+            if part == "preview":
+                if getattr(module, "shared", False) and isinstance(places["first_stage"], dict):
+                    continue  # it comes with what is referred to
+                _label_preview(module, parts["first_stage"], precision)
             places[part] = part
             (temporary / part).mkdir()
             raw = None if live is None else live.get(part)
-            for name, digest in _save_part(module, temporary / part, raw, precision).items():
+            stored = torch.float16 if part == "preview" else precision
+            for name, digest in _save_part(module, temporary / part, raw, stored).items():
                 files[f"{part}/{name}"] = digest
         index = {
             "format_version": FORMAT_VERSION,
@@ -311,9 +337,35 @@ def save(
     return destination
 
 
-def _parts(model: LatentDiffusion) -> dict[str, nn.Module]:
-    parts = {"first_stage": model.first_stage, "denoiser": model.denoiser, "conditioner": model.conditioner}
+def _parts(model: LatentDiffusion | FirstStage) -> dict[str, Any]:
+    first_stage = model if isinstance(model, FirstStage) else model.first_stage
+    parts: dict[str, Any] = {"first_stage": first_stage}
+    if isinstance(model, LatentDiffusion):
+        parts |= {"denoiser": model.denoiser, "conditioner": model.conditioner}
+    parts["preview"] = None if first_stage is None else first_stage.preview
     return {name: module for name, module in parts.items() if module is not None}
+
+
+def _label_preview(preview: Any, first_stage: FirstStage, precision: torch.dtype | None) -> None:
+    """Write into its config whose latents it shows: those of the first stage as it will be loaded again."""
+    preview.config_dict = preview.config_dict | {
+        "first_stage": encoder_fingerprint(first_stage.autoencoder, stored_as=precision)
+    }
+
+
+def install_preview(preview: PreviewDecoder, folder: str | Path) -> Path:
+    """Put a preview decoder into a model folder. Every other file stays byte for byte as it is, its index aside."""
+    place = find_source(folder)
+    first_stage = load_first_stage(place, "cpu")
+    first_stage.preview = preview  # complains about one of other sizes
+    _label_preview(preview, first_stage, None)
+    index = read_json(place / INDEX, "model index")
+    with new_folder(place / "preview", replaces=lambda old: (old / CONFIG).is_file()) as temporary:
+        digests = _save_part(preview, temporary, None, torch.float16)
+    index["parts"]["preview"] = "preview"
+    index["files"] |= {f"preview/{name}": digest for name, digest in digests.items()}
+    write_file(place / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+    return place / "preview"
 
 
 def _save_part(

@@ -88,13 +88,16 @@ class LatentCache:
         dtype: str = "float32",
         wanted: Collection[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> LatentCache:
         """The cache in `folder`: opened when its key fits, continued when it was interrupted, otherwise computed.
 
         encode: images (B, C, height, width) in [-1, 1] -> unnormalised moments (B, 2C, H, W).
-        autoencoder: the module that `encode` uses, or a string that identifies it.
+        autoencoder: the module that `encode` uses, or a string that identifies it (`encoder_fingerprint` of a first
+            stage: shift, scale and decoder then may change without a new cache).
         wanted: the fields besides the latents that examples shall have; None means all.
         progress: called with (examples done, examples in all).
+        say: told when what is there belongs to another autoencoder, and so is computed again.
         """
         config = dataset.config
         if config.random_crop is not None:
@@ -113,13 +116,51 @@ class LatentCache:
             with _locked(folder / ".lock"):  # ranks that share the folder: the first computes, the others find it done
                 meta = _finished(folder, key)
                 if meta is None:
-                    meta = _compute(dataset, encode, folder, key, batch_size, DTYPES[dtype], progress)
+                    other = _facts(folder).get("autoencoder", identity)
+                    if other != identity and say is not None:
+                        say(f"{folder}: latents of autoencoder {other[:12]}, now it is {identity[:12]}: encoding again")
+                    about = {"autoencoder": identity, "dtype": dtype}
+                    meta = _compute(dataset, encode, folder, key, batch_size, DTYPES[dtype], progress, about)
         except OSError as error:
             for name in (_PARTIAL, _STATE):
                 (folder / name).unlink(missing_ok=True)
             raise save_error(folder, error) from None
         dataset.replaced.update({int(k): v for k, v in meta["replaced"].items()})
         return cls(dataset, _open(folder / _DATA, meta["shape"], DTYPES[dtype]), DTYPES[dtype], wanted)
+
+
+def cached_moments(folder: str | Path, autoencoder: str) -> Iterator[Tensor]:
+    """The unnormalised moments (B, 2E or E, h, w) of a finished cache, in order, without its data set.
+
+    Raises DarkroomError if it belongs to another autoencoder than the one with this fingerprint.
+    """
+    folder = Path(folder)
+    meta = _facts(folder)
+    try:
+        shape, owner, dtype = [int(n) for n in meta["shape"]], str(meta["autoencoder"]), DTYPES[meta["dtype"]]
+        whole = (folder / _DATA).stat().st_size == meta["bytes"] and len(shape) == 5
+    except (OSError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise DarkroomError(f"{folder} holds no complete latent cache; a run's are in its latents/train and validation")
+    if owner != autoencoder:
+        raise DarkroomError(
+            f"{folder} holds latents of another autoencoder (encoder {owner[:12]}, this one has {autoencoder[:12]}); "
+            "encode the images with this one"
+        )
+    stored = _open(folder / _DATA, shape, dtype)
+    at_once = max(1, 2**22 // max(1, int(np.prod(shape[1:]))))
+    for first in range(0, shape[0], at_once):
+        yield torch.from_numpy(np.array(stored[first : first + at_once])).view(dtype).float().flatten(0, 1)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a folder says about the cache in it; {} where there is none."""
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def _integers(dtype: torch.dtype) -> np.dtype[Any]:
@@ -151,6 +192,7 @@ def _compute(
     batch_size: int,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
+    about: dict[str, str],
 ) -> dict[str, Any]:
     """Encode everything, appending to a partial file; whole batches that are already there are kept."""
     count, flip = len(dataset), bool(dataset.config.flip)
@@ -179,7 +221,7 @@ def _compute(
             if progress is not None:
                 progress(done, count)
     os.replace(folder / _PARTIAL, folder / _DATA)
-    meta = {"key": key, "shape": [count, *(shape or [1, 0, 0, 0])], "bytes": (folder / _DATA).stat().st_size}
+    meta = {**about, "key": key, "shape": [count, *(shape or [1, 0, 0, 0])], "bytes": (folder / _DATA).stat().st_size}
     meta["replaced"] = dict(dataset.replaced)
     write_file(folder / _META, json.dumps(meta).encode())
     (folder / _STATE).unlink(missing_ok=True)

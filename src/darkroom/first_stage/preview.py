@@ -10,6 +10,7 @@ Shapes: B batch, E latent channels, h w latent size, C image channels, f downsam
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class PreviewDecoder(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    config_dict: dict[str, Any]
+    shared = False  # whether it came with a bundled first stage
 
     def __init__(self, config: PreviewDecoderConfig, shift: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
         super().__init__()

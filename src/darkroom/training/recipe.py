@@ -21,6 +21,7 @@ from darkroom.objective import ObjectiveConfig
 from darkroom.training.first_stage_step import FirstStageTrainConfig
 from darkroom.training.loop import LoopConfig
 from darkroom.training.perceptual_step import PerceptualRecipe
+from darkroom.training.preview_step import PreviewRecipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -86,6 +87,7 @@ class Recipe(LoopConfig):
     objective: loss weighting and time sampling
     init_from: a model whose denoiser and conditioner to start from
     perceptual: train a perceptual network instead of a latent diffusion model; only this and `data` then count
+    preview: train a preview decoder for the first stage, given or trained before
     evaluate: how samples are made during and after training
     expect: what the recipe reached when it was last run: metric, value, protocol, hardware, minutes
     """
@@ -99,6 +101,7 @@ class Recipe(LoopConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init_from: str | None = None
     perceptual: PerceptualRecipe | None = None
+    preview: PreviewRecipe | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     expect: dict[str, Any] = field(default_factory=dict)
 
