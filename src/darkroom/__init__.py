@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from darkroom.denoiser import Denoiser as Denoiser
     from darkroom.diffusion.levels import NoiseLevel as NoiseLevel
     from darkroom.errors import DarkroomError as DarkroomError
+    from darkroom.exchange import convert as convert
+    from darkroom.exchange import export as export
     from darkroom.first_stage.first_stage import FirstStage as FirstStage
     from darkroom.guidance import Guided as Guided
     from darkroom.latent_diffusion import LatentDiffusion as LatentDiffusion
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from darkroom.latent_diffusion import Result as Result
     from darkroom.model_io import bundled as bundled
     from darkroom.model_io import load as load
+    from darkroom.model_io import load_first_stage as load_first_stage
     from darkroom.train_job import train as train
 
 _HOME = {
@@ -35,7 +38,10 @@ _HOME = {
     "Request": "darkroom.latent_diffusion",
     "Result": "darkroom.latent_diffusion",
     "bundled": "darkroom.model_io",
+    "convert": "darkroom.exchange",
+    "export": "darkroom.exchange",
     "load": "darkroom.model_io",
+    "load_first_stage": "darkroom.model_io",
     "train": "darkroom.train_job",
 }
 __all__ = ["__version__", *sorted(_HOME)]

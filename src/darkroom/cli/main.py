@@ -21,7 +21,10 @@ from darkroom.errors import DarkroomError
 COMMANDS = {
     "generate": ("darkroom.cli.generate", "generate", "Make images from prompts, classes, or the settings in a PNG."),
     "train": ("darkroom.cli.train", "train", "Train a model on a folder, a tar file, or by a recipe."),
+    "eval": ("darkroom.cli.evaluate", "evaluate", "Score how well a first stage gives images back."),
+    "study": ("darkroom.cli.study", "study", "Train and compare many models under one protocol."),
     "data": ("darkroom.cli.data", "data", "Look at a data set, or build the procedural one."),
+    "convert": ("darkroom.cli.convert", "convert", "Write a first stage in another library's layout, or read one."),
     "info": ("darkroom.cli.info", "info", "Tell what a model, a weight file or an image holds."),
     "doctor": ("darkroom.cli.doctor", "doctor", "Check this machine and this installation."),
 }

@@ -30,6 +30,7 @@ PIPELINE, CONFIG = "model_index.json", "config.json"
 SCALE = "scale_factor"  # 0-d, in checkpoints that measured it (scale_by_std)
 EXPORTED_BY = "exported_by"  # our mark on files that we wrote
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+EIGHT_BITS = {"dtype": "uint8", "low": 0.0, "high": 255.0}
 SHOWN = 4  # names in a message
 
 
@@ -39,7 +40,7 @@ class FoundFirstStage:
 
     path: Path  # what was asked for
     file: TensorFile
-    layout: str  # "compvis" | "diffusers"
+    layout: str  # "compvis" | "diffusers" | "darkroom"
     config: dict[str, Any]  # the dict form of `AutoencoderConfig`
     shift: Number
     scale: Number
@@ -139,7 +140,7 @@ def _with_facts(file: TensorFile, glanced: Glance) -> FoundFirstStage:
     scale, source = facts.scale, facts.what
     if SCALE in file.shapes:
         scale, source = (
-            _positive(file, float(file.read([SCALE])[SCALE].float().mean())),
+            _positive(file, _short(float(file.read([SCALE])[SCALE].float().mean()))),
             "the checkpoint's scale_factor",
         )
     elif SCALE in file.notes and EXPORTED_BY in file.notes:
@@ -194,6 +195,62 @@ def _with_config(path: Path, folder: Path, weights: Path | None, inside: str | N
         left_out=left_out,
         inside=inside,
     )
+
+
+def in_darkroom_folder(path: Path, part: Path, weights: str, inside: str | None) -> FoundFirstStage:
+    """The first stage of a Darkroom model folder as one of this kind. `part`: its folder, with config.json and the file
+    `weights`."""
+    config = plain_config(read_json(part / CONFIG, "config"), str(path))
+    file = open_tensor_file(part / weights)
+    shapes = expected_shapes(config, part / CONFIG)
+    names = {name: f"autoencoder.{name}" for name in shapes}
+    latents = ("shift", "scale")
+    _account(file, config, shapes, names, "", {*names.values(), *latents})
+    if missing := [name for name in latents if name not in file.shapes]:
+        raise DarkroomError(f"{file.path} lacks {missing[0]!r}; it is not the first stage of a model")
+    values = file.read(latents)
+    return FoundFirstStage(
+        path=path,
+        file=file,
+        layout="darkroom",
+        config=config,
+        shift=as_number(values["shift"]),
+        scale=as_number(values["scale"]),
+        scale_from="the model",
+        shapes=shapes,
+        names=names,
+        averaged={},
+        left_out={},
+        inside=inside,
+    )
+
+
+def plain_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The dict form of `AutoencoderConfig` that other libraries' autoencoders are described by; what they have no words
+    for is refused."""
+    kept = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key not in ("kind", "pixels")}
+    pixels = config.get("pixels") or EIGHT_BITS
+    if config.get("kind") == "identity":
+        raise DarkroomError(f"{where}: a first stage that changes nothing (identity) has no weights to exchange")
+    if any(pixels.get(key, value) != value for key, value in EIGHT_BITS.items()):
+        raise DarkroomError(
+            f"{where}: its images are {pixels.get('dtype')} from {pixels.get('low')} to {pixels.get('high')}, "
+            "and other layouts know 8 bits only; it cannot be exchanged"
+        )
+    return kept
+
+
+def as_number(values: Tensor) -> Number:
+    """() or (E,) -> a number, or a list where channels differ; with as many digits as float32 needs."""
+    numbers = [_short(value) for value in values.float().flatten().tolist()]
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+def _short(value: float) -> float:
+    """The shortest decimal number that is the same in float32: 0.18215 for 0.18215000629425049."""
+    import numpy
+
+    return float(str(numpy.float32(value)))
 
 
 def _positive(file: TensorFile, value: float | str) -> float:
@@ -360,15 +417,22 @@ def is_former_export(path: Path) -> bool:
         return False
 
 
-def count_equal(written: FoundFirstStage, source: Mapping[str, Tensor]) -> int:
-    """The number of tensors that a written file gives back, by the inverse map: all, bit for bit, or an error."""
-    again = written.read()
-    if again.keys() != source.keys():
-        raise DarkroomError(f"{written.path} does not give back the tensors that were written: nothing was kept")
-    for name, tensor in source.items():
-        if not same_bits(again[name], tensor):
-            raise DarkroomError(f"{written.path} does not give back {name} bit for bit: nothing was kept")
-    return len(source)
+def count_equal(written: FoundFirstStage, source: FoundFirstStage, weights: str = "ema") -> int:
+    """The number of tensors that a written file gives back, by the inverse map: all, bit for bit, or an error.
+
+    Both files are read once more, so that nothing in memory is compared with itself. A tensor that is stored in a wider
+    dtype than in the source must be the source's numbers exactly.
+    """
+    names, again = source.names_of(weights), written.names_of("ema")
+    theirs = source.file.read(names.values())
+    ours = written.file.read(again.values())
+    if names.keys() != again.keys():
+        raise DarkroomError(f"{written.path} does not give back the tensors of {source.path}")
+    for name in names:
+        tensor = theirs.pop(names[name])
+        if not same_bits(ours.pop(again[name]).to(tensor.dtype), tensor):
+            raise DarkroomError(f"{written.path} does not give back {names[name]} of {source.path} bit for bit")
+    return len(names)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

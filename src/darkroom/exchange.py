@@ -1,0 +1,166 @@
+"""Models in the layouts of other libraries: `export` writes them, `convert` turns files into one another and checks.
+
+First stages so far. A file is read again after it was written, and must give back every tensor of its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from darkroom.errors import DarkroomError
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.interop.diffusers_first_stage import Number
+from darkroom.interop.first_stage_files import (
+    FoundFirstStage,
+    as_number,
+    count_equal,
+    find_first_stage,
+    in_darkroom_folder,
+    is_former_export,
+    plain_config,
+    write_compvis,
+    write_diffusers,
+)
+from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
+from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.model_folder import WEIGHTS, find_source, is_model_folder, read_index
+from darkroom.model_io import build_found, refuse_official, save, set_latents
+from darkroom.safe_files import new_file, new_folder
+
+Format = Literal["darkroom", "compvis", "diffusers"]
+FORMATS: tuple[Format, ...] = ("darkroom", "compvis", "diffusers")
+FILE_SUFFIXES = (SAFETENSORS, *PICKLED)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did."""
+
+    source: FoundFirstStage
+    destination: Path
+    format: Format
+    shift: Number
+    scale: Number
+    scale_from: str
+    tensors: int  # all of them came back from the written file bit for bit
+
+
+def export(
+    model: FirstStage | LatentDiffusion,
+    place: str | Path,
+    format: str = "diffusers",
+    *,
+    shift: Number | None = None,
+    scale: Number | None = None,
+) -> Path:
+    """Write a first stage for other libraries: "diffusers" (a folder) or "compvis" (one file, as the official code's).
+
+    place: a folder, or the name of a .safetensors or .ckpt file. An earlier export is replaced, anything else is kept.
+    shift, scale: instead of the first stage's own, where the other library has no place for those.
+
+    What the layout cannot express is refused by name.
+    """
+    if isinstance(model, LatentDiffusion):
+        raise DarkroomError(
+            "whole models cannot be exported by this version, first stages can: export(model.first_stage, ...)"
+        )
+    if format not in ("diffusers", "compvis"):
+        raise DarkroomError(f'format "{format}" is not known; use "diffusers" or "compvis" (model.save writes ours)')
+    config = plain_config(getattr(model, "config_dict", {}) or {"kind": "identity"}, "this first stage")
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.autoencoder.state_dict().items()}
+    shift = as_number(model.shift) if shift is None else shift
+    scale = as_number(model.scale) if scale is None else scale
+    destination = _destination(place, format)
+    if format == "compvis":
+        with new_file(destination, replaces=is_former_export) as temporary:
+            write_compvis(temporary, tensors, config, shift, scale)
+    else:
+        with new_folder(destination, replaces=is_former_export) as temporary:
+            write_diffusers(temporary, tensors, config, shift, scale)
+    return destination
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str | None = None,
+    *,
+    weights: str = "ema",
+    shift: Number | None = None,
+    scale: Number | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Conversion:
+    """The first stage of a file or folder in another layout, every tensor checked to come back bit for bit.
+
+    to: "darkroom", "compvis" or "diffusers"; None: "compvis" for a destination that is named like a weight file, else
+    "darkroom". The numbers keep the precision that they are stored in. `progress` is called with 1 to 3.
+    """
+    to = to or ("compvis" if Path(destination).suffix.lower() in FILE_SUFFIXES else "darkroom")
+    if to not in FORMATS:
+        raise DarkroomError(f'format "{to}" is not known; use {", ".join(FORMATS)}')
+    place = _destination(destination, to)
+    found = _find(source, weights)
+    if "float64" in found.dtypes and to == "darkroom":
+        raise DarkroomError(
+            f"{found.path} holds float64, which a Darkroom model would round; convert it to float32 first"
+        )
+    scale_from = found.scale_from if scale is None else "as asked for"
+    wanted = replace(
+        found, shift=found.shift if shift is None else shift, scale=found.scale if scale is None else scale
+    )
+    progress(1)
+    if to == "darkroom":
+        written = _to_darkroom(wanted, place, weights)
+        progress(2)
+        tensors = count_equal(written, found, weights)
+    else:
+        replaced = new_file if to == "compvis" else new_folder
+        write = write_compvis if to == "compvis" else write_diffusers
+        with replaced(place, replaces=is_former_export) as temporary:
+            write(temporary, found.read(weights), wanted.config, wanted.shift, wanted.scale)
+            progress(2)
+            again = find_first_stage(temporary)
+            assert again is not None
+            tensors = count_equal(again, found, weights)
+    progress(3)
+    return Conversion(found, place, to, wanted.shift, wanted.scale, scale_from, tensors)
+
+
+def _find(source: str | Path, weights: str) -> FoundFirstStage:
+    """Weights stay in the file until they are wanted, so that a conversion keeps their precision."""
+    if weights not in WEIGHTS:
+        raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
+    path = find_source(source)
+    if not is_model_folder(path):
+        found = find_first_stage(path)
+        return refuse_official(path, found) if found is None else found
+    index = read_index(path)
+    if "first_stage" not in index.parts:
+        raise DarkroomError(f"{source}: holds no first stage")
+    part = index.parts["first_stage"]
+    live = weights == "live" and (part / WEIGHTS["live"]).is_file()
+    inside = None if index.kind == "first_stage" else "a Darkroom latent diffusion model"
+    return in_darkroom_folder(path, part, WEIGHTS["live" if live else "ema"], inside)
+
+
+def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> FoundFirstStage:
+    first_stage = build_found(wanted, weights)
+    set_latents(first_stage, wanted.shift, wanted.scale)
+    precision = next(iter(wanted.dtypes)) if len(wanted.dtypes) == 1 else "float32"
+    save(first_stage, place, info={"converted_from": f"{wanted.path.name} ({wanted.layout})"}, dtype=precision)
+    return in_darkroom_folder(place, place / "first_stage", WEIGHTS["ema"], None)
+
+
+def _destination(place: str | Path, format: str) -> Path:
+    path = Path(place).expanduser()
+    is_file_name = path.suffix.lower() in FILE_SUFFIXES
+    if format == "compvis" and not is_file_name:
+        raise DarkroomError(
+            f"cannot save to {path}: the official layout is one file; name it {path.name}.safetensors or .ckpt"
+        )
+    if format != "compvis" and is_file_name:
+        raise DarkroomError(f"cannot save to {path}: the {format} layout is a folder; leave {path.suffix} out")
+    return path
