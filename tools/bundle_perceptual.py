@@ -57,7 +57,7 @@ The licence texts lie beside this file. Nothing else was seen: no pretrained wei
 Made by `{command}` in {minutes} minutes on one core ({steps:,} steps, seed {seed}); `config.yaml` is the resolved
 recipe, `training.jsonl` the log. Three tasks: find the other view of the same picture (NT-Xent); of one distortion at
 two strengths rank the stronger further away, and a shift by one pixel nearer than a blur; name the class of the photos
-that have one. Afterwards the distance was scaled so that its mean over all distortions at half strength is 0.25.
+that have one. Afterwards the distance was scaled so that its mean over all distortions at half strength is 0.1.
 
 ## Scores
 

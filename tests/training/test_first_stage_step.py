@@ -399,13 +399,13 @@ def test_crops_and_flips() -> None:
 
 def test_auto_perceptual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_WEIGHTS", str(tmp_path))
-    assert resolve_perceptual(FirstStageTrainConfig()) == "laplacian"
+    assert resolve_perceptual(FirstStageTrainConfig()) == "darkroom"
     with pytest.raises(DarkroomError, match="LPIPS weights not found"):
         make(FirstStageTrainConfig(perceptual="vgg"))
     for name in ("vgg16-397923af.pth", "vgg.pth"):
         (tmp_path / name).touch()
     assert resolve_perceptual(FirstStageTrainConfig()) == "vgg"
-    assert resolve_perceptual(FirstStageTrainConfig(), channels=4) == "laplacian"
+    assert resolve_perceptual(FirstStageTrainConfig(), channels=4) == "darkroom"
     assert resolve_perceptual(FirstStageTrainConfig(perceptual="none")) == "none"
     assert resolve_perceptual(FirstStageTrainConfig(perceptual_weight=0.0)) == "none"
 

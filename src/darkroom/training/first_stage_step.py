@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from darkroom.errors import DarkroomError
 from darkroom.features.laplacian import NormalisedLaplacianDistance
 from darkroom.features.lpips import load_lpips, lpips_available
+from darkroom.features.perceptual import load_perceptual
 from darkroom.first_stage.autoencoder import Autoencoder
 from darkroom.first_stage.discriminator import Discriminator, DiscriminatorNorm
 from darkroom.first_stage.losses import (
@@ -44,7 +45,7 @@ from darkroom.first_stage.quantizer import (
 from darkroom.training.loop import Phase, all_parameters
 
 Batch = dict[str, Any]
-Perceptual = Literal["auto", "laplacian", "vgg", "none"]
+Perceptual = Literal["auto", "darkroom", "laplacian", "vgg", "none"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class FirstStageTrainConfig:
     reconstruction: ReconstructionKind = "l1"
     learn_log_variance: bool = False  # of the reconstruction's likelihood; it starts at `log_variance`
     log_variance: float = 0.0
-    perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else "laplacian"
+    perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else our own network
     perceptual_weight: float = 1.0
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # VQ: of the codebook loss
@@ -391,18 +392,22 @@ def augment(image: Tensor, config: FirstStageTrainConfig, generator: torch.Gener
     return image
 
 
-def resolve_perceptual(config: FirstStageTrainConfig, channels: int = 3) -> Literal["laplacian", "vgg", "none"]:
+def resolve_perceptual(
+    config: FirstStageTrainConfig, channels: int = 3
+) -> Literal["darkroom", "laplacian", "vgg", "none"]:
     """What "auto" means on this machine and for images of this many channels; record the answer with the run."""
     if config.perceptual == "none" or config.perceptual_weight == 0:
         return "none"
     if config.perceptual == "auto":
-        return "vgg" if channels in (1, 3) and lpips_available() else "laplacian"
+        return "vgg" if channels in (1, 3) and lpips_available() else "darkroom"
     return config.perceptual
 
 
-def make_perceptual(name: Literal["laplacian", "vgg", "none"]) -> nn.Module | None:
+def make_perceptual(name: Literal["darkroom", "laplacian", "vgg", "none"]) -> nn.Module | None:
     if name == "vgg":
         return load_lpips()
+    if name == "darkroom":
+        return load_perceptual()
     return NormalisedLaplacianDistance() if name == "laplacian" else None
 
 
