@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ _PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 @click.argument("source", metavar="MODEL|FILE|PNG")
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
 def info(source: str, as_json: bool) -> None:
-    """Tell what a model folder, a bundled model, a weight file or an image holds.
+    """Tell what a model folder, a bundled model, a diffusers folder, a weight file or an image holds.
 
     Weight files are read without running anything in them. Of a model folder the digest of every file is compared
     with the one recorded when it was saved.
@@ -34,7 +35,7 @@ def info(source: str, as_json: bool) -> None:
         facts = _image(path)
     else:
         place = find_source(source)
-        facts = _weight_file(place) if place.is_file() else _model(place)
+        facts = _weight_file(place) if place.is_file() else _folder(place)
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -75,33 +76,50 @@ def _image(path: Path) -> dict[str, Any]:
 
 
 def _weight_file(path: Path) -> dict[str, Any]:
-    from darkroom.model_folder import dtypes, guess_family
+    from darkroom.interop.first_stage_files import glance
+    from darkroom.interop.tensor_file import open_tensor_file
+    from darkroom.model_folder import guess_family
 
-    facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
-    if path.suffix.lower() == ".safetensors":
-        from darkroom.safe_files import read_safetensors_header
+    file = open_tensor_file(path)
+    is_pickled = file.stored is not None
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "kind": "torch checkpoint, read without running anything in it" if is_pickled else "safetensors file",
+        "parameters": sum(math.prod(shape) for shape in file.shapes.values()),
+        "dtypes": sorted(set(file.dtypes.values())),
+        "metadata": {key: value[:200] for key, value in file.notes.items()},
+        "holds": guess_family(file.shapes),
+    }
+    try:
+        if (found := glance(file)) is not None:
+            from darkroom.interop.compvis_first_stage import describe
 
-        header = read_safetensors_header(path)
-        shapes = {name: list(entry.shape) for name, entry in header.tensors.items()}
-        facts |= {"kind": "safetensors file", "parameters": header.numel, "dtypes": dtypes(header)}
-        facts["metadata"] = {key: value[:200] for key, value in header.metadata.items()}
-    else:
-        from darkroom.safe_pickle import read_checkpoint, tensor_table
-
-        table = tensor_table(read_checkpoint(path))
-        shapes = {name: list(tensor.shape) for name, tensor in table.items()}
-        facts |= {
-            "kind": "torch checkpoint, read without running anything in it",
-            "parameters": sum(tensor.numel() for tensor in table.values()),
-            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in table.values()}),
-        }
-    return facts | {"holds": guess_family(shapes), "tensors": shapes}
+            facts["first stage"] = describe(found.config)
+            facts["first_stage_config"] = found.config
+    except DarkroomError as error:
+        facts["first stage"] = f"cannot be loaded: {error}"
+    return facts | {"tensors": {name: list(shape) for name, shape in file.shapes.items()}}
 
 
-def _model(path: Path) -> dict[str, Any]:
-    from darkroom.model_folder import describe_folder
+def _diffusers_folder(path: Path) -> dict[str, Any]:
+    from darkroom.interop.first_stage_files import find_first_stage
 
-    return describe_folder(path)
+    facts: dict[str, Any] = {"path": str(path), "kind": "diffusers folder"}
+    found = find_first_stage(path)
+    if found is None:
+        return facts | {"first stage": "none that can be loaded"}
+    return facts | {
+        "first stage": found.what,
+        "latents": f"shift {found.shift}, scale {found.scale}",
+        "first_stage_config": found.config,
+    }
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    from darkroom.model_folder import describe_folder, is_model_folder
+
+    return describe_folder(path) if is_model_folder(path) else _diffusers_folder(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ printing
@@ -112,7 +130,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     if "parts" in facts:
         return _model_lines(facts)
     lines = [facts["path"], f"  {facts['kind']}"]
-    for key in ("holds", "size", "mode", "settings"):
+    for key in ("holds", "first stage", "latents", "size", "mode", "settings"):
         if key in facts:
             lines.append(f"  {key}: {facts[key]}")
     if "tensors" in facts:
