@@ -122,11 +122,16 @@ class LatentDiffusion(nn.Module):
         negative_prompt: str | None = None,
         batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        preview: Callable[[int, np.ndarray], None] | None = None,
+        preview_every: int = 1,
     ) -> Result:
         """Images from prompts, class labels, or nothing (an unconditional model).
 
         Image k depends on its own seed, prompt and settings; the batch it is computed in changes at most the last
-        rounding. `progress(done, total)` is called after every solver step. Raises DarkroomError for bad requests.
+        rounding. `progress(done, total)` is called after every solver step. `preview(done, images)` is given what the
+        images of the current batch look like so far, (B, height, width, channels) in the model's pixel type, every
+        `preview_every` steps; it needs a preview decoder. Neither changes the result. Raises DarkroomError for bad
+        requests.
         """
         if isinstance(prompt, Request):
             request = prompt
@@ -143,7 +148,10 @@ class LatentDiffusion(nn.Module):
                 negative_prompt=negative_prompt,
                 batch_size=batch_size,
             )
-        return self._run(self.validate(request), progress)
+        if preview is not None and preview_every < 1:
+            raise DarkroomError(f"preview_every is {preview_every}: it must be at least 1")
+        show = None if preview is None else self._shower(preview, preview_every)
+        return self._run(self.validate(request), progress, show)
 
     def validate(self, request: Request) -> Request:
         """The request with every default filled in and lists of equal length, or a DarkroomError that says the cure."""
@@ -225,15 +233,19 @@ class LatentDiffusion(nn.Module):
         return int(self._network_config.out_channels)
 
     @torch.no_grad()
-    def _run(self, request: Request, progress: Callable[[int, int], None] | None) -> Result:
+    def _run(
+        self,
+        request: Request,
+        progress: Callable[[int, int], None] | None,
+        show: Callable[[int, Tensor], None] | None = None,
+    ) -> Result:
         assert request.batch_size and request.steps
         images, latents, nfe = [], [], 0
         batches = range(0, len(request.seeds), request.batch_size)
         total = len(batches) * request.steps
         for done, first in enumerate(batches):
             part = slice(first, first + request.batch_size)
-            on_step = None if progress is None else _counter(progress, done * request.steps, total)
-            latent, nfe = self._sample(request, part, on_step)
+            latent, nfe = self._sample(request, part, _on_step(progress, show, done * request.steps, total))
             image = self.decode(latent)
             finite = image.flatten(1).isfinite().all(1).tolist()
             if not all(finite):
@@ -245,7 +257,28 @@ class LatentDiffusion(nn.Module):
             images.append(to_pixels(image, self.pixels))
         return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, nfe))
 
-    def _sample(self, request: Request, part: slice, on_step: Callable[[int], None] | None) -> tuple[Tensor, int]:
+    def _shower(self, preview: Callable[[int, np.ndarray], None], every: int) -> Callable[[int, Tensor], None]:
+        """Turns estimates x0 (B, C, H, W) into calls of `preview`; complains now if there is no preview decoder."""
+        first_stage = self.first_stage
+        if first_stage is None or first_stage.downsampling == 1:
+            decode = self.decode
+        elif first_stage.preview is None:
+            raise DarkroomError(
+                "this model has no preview decoder: make one with "
+                "`darkroom train preview --first-stage MODEL --set preview.install=true`"
+            )
+        else:
+            decode = first_stage.preview_of
+
+        def show(done: int, x0: Tensor) -> None:
+            if done % every == 0:
+                preview(done, to_pixels(decode(x0), self.pixels))
+
+        return show
+
+    def _sample(
+        self, request: Request, part: slice, on_step: Callable[[int, Tensor], None] | None
+    ) -> tuple[Tensor, int]:
         """(B, C, H, W) latents of the images `part` of the request, and network calls per image."""
         assert request.size and request.steps and request.solver and request.guidance_scale is not None
         seeds = request.seeds[part]
@@ -260,7 +293,7 @@ class LatentDiffusion(nn.Module):
         grid = self.grid(request.solver, request.steps)
         options: dict[str, Any] = {"eta": request.eta} if request.solver == "ddim" else {}
         if on_step is not None:
-            options["callback"] = lambda step, *_: on_step(step + 1)
+            options["callback"] = lambda step, level, x, x0: on_step(step + 1, x0)
         x = noise(0) * self.denoiser.schedule.prior_std(grid[0])
         x = SOLVERS[request.solver](denoise, x, grid, lambda i: noise(i + 1), **options)
         return x, denoise.nfe
@@ -324,8 +357,20 @@ class LatentDiffusion(nn.Module):
         return save(self, folder, **options)
 
 
-def _counter(progress: Callable[[int, int], None], offset: int, total: int) -> Callable[[int], None]:
-    return lambda step: progress(offset + step, total)
+def _on_step(
+    progress: Callable[[int, int], None] | None, show: Callable[[int, Tensor], None] | None, offset: int, total: int
+) -> Callable[[int, Tensor], None] | None:
+    """What is called after each solver step of a batch with (its number, x0); `offset` steps were made before."""
+    if progress is None and show is None:
+        return None
+
+    def on_step(step: int, x0: Tensor) -> None:
+        if show is not None:
+            show(offset + step, x0)
+        if progress is not None:
+            progress(offset + step, total)
+
+    return on_step
 
 
 def _as_list(value: Any) -> list[Any] | None:

@@ -16,15 +16,16 @@ from darkroom.errors import DarkroomError
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
     from darkroom.cli.progress import StepBar
     from darkroom.latent_diffusion import LatentDiffusion, Request
+    from darkroom.pixel_format import PixelFormat
 
 DEFAULT_MODEL = "emoji"
 DEFAULT_FOLDER = "generated"
 MAX_SEEDS = 100_000
 MAX_SIDE = 16_384
+PREVIEWS = 10  # about so many in the course of a batch
 _NUMBER = r"\d{1,20}"  # 2**64 has 20 digits
 _SEED_WORD = re.compile(rf"{_NUMBER}(\.\.{_NUMBER})?(,{_NUMBER}(\.\.{_NUMBER})?)*")
 
@@ -83,8 +84,9 @@ class SeedsCommand(click.Command):
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Repeat the batch recorded in this PNG.")
 @click.option("--grid", is_flag=True, help="All images in one PNG instead of one file each.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help=f"A .png or a folder. [default: {DEFAULT_FOLDER}/]"
+    "-o", "--output", type=click.Path(path_type=Path), help=f"An image file or a folder. [default: {DEFAULT_FOLDER}/]"
 )
+@click.option("--preview", type=click.Path(path_type=Path), help="A .png that shows the unfinished images meanwhile.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 def generate(**options: Any) -> None:
@@ -128,6 +130,7 @@ class Given:
     batch_size: int | None
     grid: bool
     output: Path | None
+    preview: Path | None
     device: str
     threads: int | None
 
@@ -143,10 +146,12 @@ def _generate(given: Given) -> None:
             raise DarkroomError("give several seeds or --count, not both: --count counts up from one seed")
         seeds = list(range(seeds[0], seeds[0] + given.count))
     target = Target.choose(given.output, given.grid)
+    preview = _preview_file(given.preview)
 
     from darkroom.latent_diffusion import Request
 
     model = _load(given)
+    target = target.fitted(model)
     subjects = given.prompts or given.classes
     width, height = model.defaults["size"]
     request = Request(
@@ -161,7 +166,7 @@ def _generate(given: Given) -> None:
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
     )
-    _make(model, request, target, _shareable(given.model))
+    _make(model, request, target, _shareable(given.model), preview=preview)
 
 
 def _repeat(given: Given, source: Path) -> None:
@@ -177,6 +182,7 @@ def _repeat(given: Given, source: Path) -> None:
     record = read_settings(source)
     index = record.get("index")
     target = Target.choose(given.output, given.grid or index is None)
+    preview = _preview_file(given.preview)
 
     import torch
 
@@ -195,6 +201,7 @@ def _repeat(given: Given, source: Path) -> None:
     if given.model is None:
         given = replace(given, model=_recorded_model(source, recorded))
     model = _load(given)
+    target = target.fitted(model)
     for what, then, now in (
         ("model", recorded.get("sha256"), model.info.get("sha256")),
         ("Darkroom", record.get("version"), __version__),
@@ -205,7 +212,7 @@ def _repeat(given: Given, source: Path) -> None:
             shown = (str(then)[:10], str(now)[:10]) if what == "model" else (then, now)
             click.echo(f"note: {what} was {shown[0]}, here it is {shown[1]}: pixels may differ", err=True)
     only = index if target.single and isinstance(index, int) and 0 <= index < len(request.seeds) else None
-    _make(model, request, target, _shareable(given.model), only)
+    _make(model, request, target, _shareable(given.model), only, preview)
 
 
 def _recorded_model(image: Path, recorded: dict[str, Any]) -> str:
@@ -240,7 +247,7 @@ def _load(given: Given) -> LatentDiffusion:
     model = load(given.model or DEFAULT_MODEL, device=given.device)
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(f"{given.model} is a first stage only; it cannot generate by itself")
-    if model.first_stage is None and not model.info.get("pixels"):
+    if model.first_stage is None:
         raise DarkroomError(f"{given.model} has no first stage, so its latents cannot be turned into images")
     return model
 
@@ -250,24 +257,41 @@ def _load(given: Given) -> LatentDiffusion:
 
 @dataclass(frozen=True)
 class Target:
-    """Where images go: one file (`single`), or a folder where nothing is ever overwritten."""
+    """Where images go: one file (`single`), or a folder where nothing is ever overwritten. A grid is for looking at and
+    always a PNG; `suffix` is the type of the images' own files."""
 
     path: Path
     single: bool
     grid: bool
+    suffix: str = ".png"
 
     @classmethod
     def choose(cls, output: Path | None, grid: bool) -> Target:
         path = Path(DEFAULT_FOLDER) if output is None else output
         if path.suffix and not path.is_dir():
-            if path.suffix.lower() != ".png":
-                raise DarkroomError(f"{path}: images are written as .png, which keeps every pixel and the settings")
+            known = (".png",) if grid else (".png", ".tif", ".tiff", ".npy", ".exr")
+            if path.suffix.lower() not in known:
+                what = "a grid is" if grid else "images are"
+                raise DarkroomError(
+                    f"{path}: {what} written as {', '.join(known)}, which keeps every pixel and the settings"
+                )
             _check_writable(path.parent)
-            return cls(path, True, grid)
+            return cls(path, True, grid, path.suffix)
         if path.exists() and not path.is_dir():
             raise DarkroomError(f"{path} is a file; give a .png or a folder")
         _check_writable(path)
         return cls(path, False, grid)
+
+    def fitted(self, model: LatentDiffusion) -> Target:
+        """With a file type that holds this model's images; a type that was named and cannot is an error."""
+        from darkroom.data.image_files import check_suffix, default_suffix
+
+        if self.grid:
+            return self
+        if not self.single:
+            return replace(self, suffix=default_suffix(model.image_channels, model.pixels.dtype))
+        check_suffix(self.path, model.image_channels, model.pixels.dtype)
+        return self
 
     def numbering(self) -> int:
         """The first free number in the folder: one more than the highest that a file begins with."""
@@ -282,11 +306,11 @@ class Target:
             return self.path
         request, index = settings["request"], settings["index"]
         if self.single:
-            return self.path.with_name(f"{self.path.stem}-{number:03d}-seed{request['seeds'][index]}.png")
+            return self.path.with_name(f"{self.path.stem}-{number:03d}-seed{request['seeds'][index]}{self.suffix}")
         subjects = request["prompts"] or request["class_labels"]
         words = re.sub(r"[^\w]+", "-", str(subjects[index]).lower()) if subjects else ""
         words = words.strip("-_")[:40].strip("-_")
-        return self.path / f"{number:04d}-seed{request['seeds'][index]}{'-' if words else ''}{words}.png"
+        return self.path / f"{number:04d}-seed{request['seeds'][index]}{'-' if words else ''}{words}{self.suffix}"
 
     def grid_image(self, number: int) -> Path:
         return self.path if self.single else self.path / f"{number:04d}-grid.png"
@@ -303,7 +327,29 @@ def _check_writable(folder: Path) -> None:
         raise DarkroomError(f"cannot save in {folder}: no permission to write in {place}")
 
 
-def _make(model: LatentDiffusion, request: Request, target: Target, source: str, only: int | None = None) -> None:
+def _preview_file(path: Path | None) -> Path | None:
+    if path is not None:
+        if path.suffix.lower() != ".png" or path.is_dir():
+            raise DarkroomError(f"--preview {path}: give the name of a .png, which is overwritten again and again")
+        _check_writable(path.parent)
+    return path
+
+
+def _show_in(file: Path, pixels: PixelFormat) -> Callable[[int, np.ndarray], None]:
+    """Writes the unfinished images of a batch into `file`, whole each time, so that a viewer may reload it."""
+    from darkroom.data.io import image_grid, write_png
+
+    return lambda done, images: write_png(file, image_grid(images, pixels=pixels))
+
+
+def _make(
+    model: LatentDiffusion,
+    request: Request,
+    target: Target,
+    source: str,
+    only: int | None = None,
+    preview: Path | None = None,
+) -> None:
     """Generate batch by batch and write each image as soon as it is there; with `only`, write that image alone."""
     from darkroom.cli.progress import StepBar
 
@@ -311,13 +357,19 @@ def _make(model: LatentDiffusion, request: Request, target: Target, source: str,
     assert request.batch_size and request.steps
     count, start = len(request.seeds), target.numbering()
     grid: list[tuple[np.ndarray, dict[str, Any]]] = []
+    pixels = model.pixels
     written: list[Path] = []
     batches = range(0, count, request.batch_size)
     with StepBar("generating", len(batches) * request.steps) as bar:
         for number, first in enumerate(batches):
             # Each file records only the batch that it was computed in: that is what decides its last bits.
             part = _slice(request, slice(first, first + request.batch_size))
-            result = model.generate(part, progress=_counting(bar, number * request.steps))
+            result = model.generate(
+                part,
+                progress=_counting(bar, number * request.steps),
+                preview=None if preview is None else _show_in(preview, pixels),
+                preview_every=max(1, request.steps // PREVIEWS),
+            )
             for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start=first):
                 if source:
                     settings["model"]["source"] = source
@@ -329,7 +381,7 @@ def _make(model: LatentDiffusion, request: Request, target: Target, source: str,
     if target.grid:
         seeds = len(set(request.seeds))
         columns = seeds if count > seeds > 1 else None
-        written.append(_write_grid(target.grid_image(start), grid, columns))
+        written.append(_write_grid(target.grid_image(start), grid, columns, pixels))
     for path in written[:8]:
         click.echo(click.format_filename(path))
     if len(written) > 8:
@@ -351,22 +403,26 @@ def _slice(request: Request, part: slice) -> Request:
     )
 
 
-def _write(path: Path, image: np.ndarray | Image.Image, settings: dict[str, Any]) -> Path:
-    from darkroom.data.io import write_png
+def _write(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
+    from darkroom.data.image_files import save_image
     from darkroom.png_settings import png_text
 
-    write_png(path, image, png_text(settings))
+    save_image(path, image, png_text(settings))
     return path
 
 
-def _write_grid(path: Path, images: list[tuple[np.ndarray, dict[str, Any]]], columns: int | None) -> Path:
-    """One picture of all images, row by row; its record is the request of all of them."""
-    from darkroom.data.io import image_grid
+def _write_grid(
+    path: Path, images: list[tuple[np.ndarray, dict[str, Any]]], columns: int | None, pixels: PixelFormat
+) -> Path:
+    """One picture of all images, row by row, in 8 bits; its record is the request of all of them."""
+    from darkroom.data.io import image_grid, write_png
+    from darkroom.png_settings import png_text
 
     first = images[0][1]
     request = dict(first["request"])
     for name in ("prompts", "class_labels", "seeds"):
         if request[name] is not None:
             request[name] = [settings["request"][name][settings["index"]] for _, settings in images]
-    pixels = image_grid([image for image, _ in images], columns)
-    return _write(path, pixels, {**first, "request": request, "index": None})
+    picture = image_grid([image for image, _ in images], columns, pixels=pixels)
+    write_png(path, picture, png_text({**first, "request": request, "index": None}))
+    return path
