@@ -2,6 +2,7 @@
 
 `parameters` follows the form that the A1111 web UI made common: prompt, "Negative prompt: ...", then one line of
 "Key: value" pairs, values with commas quoted as JSON. It is for reading; only the `darkroom` chunk is exact.
+Images that are no PNG carry the same two texts in a description or beside them: see `data.image_files`.
 """
 
 from __future__ import annotations
@@ -90,14 +91,18 @@ def _unquoted(value: str) -> str:
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:
-    """All text chunks of a PNG by keyword, without decoding its pixels."""
+    """All text chunks of a PNG by keyword, without decoding its pixels; the notes of a TIFF, NPY or EXR."""
     from PIL import Image
+
+    from darkroom.data.image_files import DEEP_SUFFIXES, read_text
 
     path = Path(path)
     try:
+        if path.suffix.lower() in DEEP_SUFFIXES and path.is_file():
+            return read_text(path)
         with Image.open(path) as image:
             if image.format != "PNG":
-                raise DarkroomError(f"{path} is a {image.format} image; only PNG files carry settings")
+                raise DarkroomError(f"{path} is a {image.format} image; only PNG, TIFF, NPY and EXR carry settings")
             return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
     except FileNotFoundError:
         raise DarkroomError(f"{path} does not exist; check the path") from None

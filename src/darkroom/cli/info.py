@@ -50,22 +50,27 @@ def _is_weight_file(path: Path) -> bool:
 def _image(path: Path) -> dict[str, Any]:
     from PIL import Image
 
+    from darkroom.data.image_files import DEEP_SUFFIXES, read_samples
     from darkroom.png_settings import PARAMETERS, RECORD, parse_parameters, parse_record, read_png_text
 
+    facts: dict[str, Any] = {"path": str(path)}
+    deep = path.suffix.lower() in DEEP_SUFFIXES
     try:
-        with Image.open(path) as image:
-            facts: dict[str, Any] = {
-                "path": str(path),
-                "kind": f"{image.format} image",
-                "size": f"{image.width}x{image.height}",
-                "mode": image.mode,
-            }
-            is_png = image.format == "PNG"
+        if deep:
+            samples = read_samples(path.read_bytes())
+            height, width, channels = samples.values.shape
+            facts |= {"kind": f"{samples.format} image", "size": f"{width}x{height}"}
+            facts["mode"] = f"{channels} channel{'s' * (channels > 1)} of {samples.values.dtype}"
+            has_text = True
+        else:
+            with Image.open(path) as image:
+                facts |= {"kind": f"{image.format} image", "size": f"{image.width}x{image.height}", "mode": image.mode}
+                has_text = image.format == "PNG"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise DarkroomError(
             f"{path} is neither an image nor a model; give a model folder, a weight file or a PNG"
         ) from None
-    text = read_png_text(path) if is_png else {}
+    text = read_png_text(path) if has_text else {}
     if PARAMETERS in text:
         facts["parameters"] = parse_parameters(text[PARAMETERS])
     if RECORD in text:
@@ -158,6 +163,11 @@ def _model_lines(facts: dict[str, Any]) -> list[str]:
         more = f", bundled {entry['reference']['name']}" if "reference" in entry else ""
         more += ", with live weights" if entry["live_weights"] else ""
         kind = _part_kind(part, entry["config"])
+        if part == "first_stage" and "pixels" in entry["config"]:
+            from darkroom.config import from_dict
+            from darkroom.pixel_format import PixelFormat
+
+            more += f", images of {from_dict(PixelFormat, entry['config']['pixels'])}"
         lines.append(f"  {part.replace('_', ' ')}: {kind}{_amount(entry['parameters'])} numbers, {_kinds(entry)}{more}")
     lines.append(f"  in all: {_amount(total)} numbers, {sum(e['bytes'] for e in facts['parts'].values()) / 1e6:.1f} MB")
     for name, encoder in facts["parts"].get("conditioner", {}).get("config", {}).get("encoders", {}).items():

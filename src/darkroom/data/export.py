@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from darkroom.data.image_files import check_suffix, image_bytes
 from darkroom.data.io import png_bytes
 from darkroom.data.sources import ShapesDataset
+from darkroom.data.synthetic import SyntheticDataset
 from darkroom.errors import DarkroomError
 from darkroom.safe_files import discard, new_folder, save_error, write_file
 
@@ -45,6 +47,20 @@ def write_shapes(dataset: ShapesDataset, path: Path, progress: Callable[[int], N
     _write_tar(dataset, path, progress)
     write_file(beside, names)
     return [path, beside]
+
+
+def write_synthetic(
+    dataset: SyntheticDataset, path: Path, suffix: str, progress: Callable[[int], None] | None = None
+) -> None:
+    """Write a set of images without captions to a new folder, one file each."""
+    path = Path(path)
+    check_suffix(path / f"image{suffix}", dataset.config.channels, dataset.pixels.dtype)
+    with new_folder(path) as folder:
+        for index in range(len(dataset)):
+            values = dataset[index]["image"].permute(1, 2, 0).contiguous().numpy()
+            (folder / f"{index:06d}{suffix}").write_bytes(image_bytes(values, suffix))
+            if progress is not None:
+                progress(index + 1)
 
 
 def _samples(dataset: ShapesDataset) -> Iterator[dict[str, bytes]]:

@@ -26,6 +26,7 @@ from darkroom.errors import DarkroomError
 from darkroom.safe_files import write_file
 
 ARRAY_SUFFIXES = (".npy", ".exr")
+DEEP_SUFFIXES = (".tif", ".tiff", *ARRAY_SUFFIXES)  # what may hold more than Pillow can read
 OUTPUT_SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".exr")
 EXTRA = 'pip install "darkroom-ldm[images]"'
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -308,7 +309,8 @@ def read_text(path: str | Path) -> dict[str, str]:
     return {str(k): str(v) for k, v in notes.items()} if isinstance(notes, dict) else {}
 
 
-def _png_info(text: Mapping[str, str] | None) -> PngImagePlugin.PngInfo:
+def png_info(text: Mapping[str, str] | None) -> PngImagePlugin.PngInfo:
+    """Text chunks of a PNG (international text, so any Unicode)."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
@@ -317,7 +319,7 @@ def _png_info(text: Mapping[str, str] | None) -> PngImagePlugin.PngInfo:
 
 def _png8_bytes(values: np.ndarray, text: Mapping[str, str] | None) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(buffer, "PNG", pnginfo=_png_info(text))
+    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(buffer, "PNG", pnginfo=png_info(text))
     return buffer.getvalue()
 
 

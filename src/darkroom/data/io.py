@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from darkroom.data.image_files import png_info
 from darkroom.data.transforms import decode
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelFormat
@@ -79,11 +80,8 @@ def to_picture(image: Image.Image | np.ndarray) -> Image.Image:
 
 def png_bytes(image: Image.Image | np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
     """PNG file content with text chunks (international text, so any Unicode)."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in (text or {}).items():
-        info.add_itxt(key, value)
     buffer = io.BytesIO()
-    to_picture(image).save(buffer, "PNG", pnginfo=info)
+    to_picture(image).save(buffer, "PNG", pnginfo=png_info(text))
     return buffer.getvalue()
 
 

@@ -143,6 +143,23 @@ class SyntheticDataset(ImageDataset):
         return []
 
 
+def open_synthetic(source: str, size: tuple[int, int], count: int, seed: int = 0) -> SyntheticDataset:
+    """The training split of a set, with its own channels and pixel format."""
+    if source not in SETS:
+        raise DarkroomError(f"{source!r} is no procedural set; use {' or '.join(SETS)}")
+    pixels = SETS[source].pixels
+    config = DataConfig(
+        source=source,
+        size=size,
+        channels=SETS[source].channels,
+        pixels=pixels.dtype,
+        value_range=(pixels.low, pixels.high),
+        count=count,
+        seed=seed,
+    )
+    return SyntheticDataset(config, "train")
+
+
 def _generator(config: DataConfig, split: str, index: int) -> np.random.Generator:
     key: Sequence[int] = [config.seed, int(split == "validation"), sorted(SETS).index(str(config.source)), index]
     return np.random.default_rng(key)
