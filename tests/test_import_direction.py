@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"objective", "denoiser", "conditioning", "first_stage", "features", "diffusion", "data"},
     "evaluation": {"latent_diffusion", "first_stage", "features", "data"},
     # words and files about runs and models; no tensors
+    "reconstruction": {"first_stage"},
     "png_settings": {"data"},
     "model_folder": set(),
     "report_charts": set(),

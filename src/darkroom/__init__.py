@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from darkroom.model_io import bundled as bundled
     from darkroom.model_io import load as load
     from darkroom.model_io import load_first_stage as load_first_stage
+    from darkroom.pixel_format import PixelFormat as PixelFormat
+    from darkroom.reconstruction import reconstruct as reconstruct
     from darkroom.train_job import train as train
 
 _HOME = {
@@ -35,6 +37,7 @@ _HOME = {
     "Guided": "darkroom.guidance",
     "LatentDiffusion": "darkroom.latent_diffusion",
     "NoiseLevel": "darkroom.diffusion.levels",
+    "PixelFormat": "darkroom.pixel_format",
     "Request": "darkroom.latent_diffusion",
     "Result": "darkroom.latent_diffusion",
     "bundled": "darkroom.model_io",
@@ -42,6 +45,7 @@ _HOME = {
     "export": "darkroom.exchange",
     "load": "darkroom.model_io",
     "load_first_stage": "darkroom.model_io",
+    "reconstruct": "darkroom.reconstruction",
     "train": "darkroom.train_job",
 }
 __all__ = ["__version__", *sorted(_HOME)]
