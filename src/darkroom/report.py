@@ -28,7 +28,7 @@ from typing import Any
 from darkroom.errors import DarkroomError
 from darkroom.model_card import model_card as model_card
 from darkroom.report_charts import Series, line_chart, number
-from darkroom.report_tables import as_list, flatten, is_number, plural, table
+from darkroom.report_tables import as_list, flatten, is_number, plural, table, grid_table
 
 ASSETS = Path(__file__).parent / "report_assets"
 MOST_FRAMES = 16  # pictures over time per stage
@@ -38,7 +38,15 @@ STAGES = {
         "First stage",
         "The autoencoder, which turns pictures into latents and latents back into pictures.",
     ),
+    "preview": ("Preview decoder", "A small network that shows what a latent will look like, at once."),
     "denoiser": ("Denoiser", "The network that turns noise into latents."),
+}
+FILMS = {  # title and legend of a stage's pictures
+    "first_stage": (
+        "Reconstructions over time",
+        "Rows: held-out pictures, their reconstructions, the absolute errors.",
+    ),
+    "preview": ("Previews over time", "Rows: held-out pictures, the first stage's own decoder, the preview decoder."),
 }
 TITLES = {
     "loss": "Loss",
@@ -266,12 +274,39 @@ def stage_section(run: Run, stage: str) -> str:
     if mechanics and not few:
         title = "Learning rate, gradients, speed"
         parts.append(f'<details><summary>{title}</summary><div class="charts">{"".join(mechanics)}</div></details>')
+    title, legend = FILMS.get(stage, ("Samples over time", "The same prompts and seeds at every step."))
+    parts.append(film(run.samples.get(stage, []), title, legend))
     if stage == "first_stage":
-        rows = "Rows: held-out pictures, their reconstructions, the absolute errors."
-        parts.append(film(run.samples.get(stage, []), "Reconstructions over time", rows))
-    else:
-        parts.append(film(run.samples.get(stage, []), "Samples over time", "The same prompts and seeds at every step."))
+        parts.append(flat_colours(run.summary.get("flat_colours"), run.folder / "samples" / "flat-colours.png"))
     return "".join(parts)
+
+
+def flat_colours(found: Any, picture: Path) -> str:
+    """What became of flat colours, from summary.json: a table and the amplified picture."""
+    if not isinstance(found, Mapping) or not found.get("colours"):
+        return ""
+    head = ("colour in", "error of the mean", "ripple", "ripple without the border", "dB", "strongest wave")
+    rows = [
+        (
+            str(c["name"]),
+            *(number(float(c[k])) for k in ("colour_error", "ripple", "interior", "decibels")),
+            c["pattern"],
+        )
+        for c in found["colours"]
+    ]
+    shown = ""
+    if picture.exists():
+        caption = "Above what came out, below its deviation from flat, 16 times amplified."
+        shown = (
+            f'<figure class="sheet">{image_tag(picture, "Flat colours decoded")}'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return (
+        "<h3>Flat colours</h3>"
+        f'<p class="lead">Flat pictures of {found["size"]} pixels, encoded and decoded: what is not flat, the '
+        "decoder has made. In steps of 1/255 of the range; ripple is a standard deviation.</p>"
+        f"{grid_table(head, rows)}{shown}"
+    )
 
 
 def charts_of(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
@@ -352,7 +387,7 @@ def settings_section(run: Run) -> str:
 
 
 def environment_section(run: Run) -> str:
-    apart = {"scores", "warnings"}
+    apart = {"scores", "warnings", "flat_colours"}
     parts = []
     if scores := flatten(run.summary.get("scores")):
         parts.append(f"<h3>Scores</h3>{table(scores)}")

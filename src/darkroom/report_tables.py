@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, TypeGuard
 
@@ -43,6 +43,16 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
         f"<tr><th>{escape(label.replace('_', ' '))}</th><td>{escape(show(value))}</td></tr>" for label, value in rows
     )
     return f'<div class="table"><table>{cells}</table></div>'
+
+
+def grid_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table with a head; the first cell of a row names it."""
+    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for first, *cells in rows
+    )
+    return f'<div class="table grid"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def show(value: Any) -> str:
