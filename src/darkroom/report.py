@@ -28,7 +28,7 @@ from typing import Any
 from darkroom.errors import DarkroomError
 from darkroom.model_card import model_card as model_card
 from darkroom.report_charts import Series, line_chart, number
-from darkroom.report_tables import as_list, flatten, is_number, plural, table, grid_table
+from darkroom.report_tables import as_list, flatten, grid_table, is_number, plural, table
 
 ASSETS = Path(__file__).parent / "report_assets"
 MOST_FRAMES = 16  # pictures over time per stage
