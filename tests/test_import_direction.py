@@ -60,6 +60,7 @@ COMPOSE = (
     "recipe_source",
     "perceptual_job",
     "preview_job",
+    "remeasure",
     "train_job",
     "eval_job",
     "study",

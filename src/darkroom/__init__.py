@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from darkroom.model_io import load_first_stage as load_first_stage
     from darkroom.pixel_format import PixelFormat as PixelFormat
     from darkroom.reconstruction import reconstruct as reconstruct
+    from darkroom.remeasure import measure as measure
     from darkroom.train_job import train as train
 
 _HOME = {
@@ -44,6 +45,7 @@ _HOME = {
     "convert": "darkroom.exchange",
     "export": "darkroom.exchange",
     "load": "darkroom.model_io",
+    "measure": "darkroom.remeasure",
     "load_first_stage": "darkroom.model_io",
     "reconstruct": "darkroom.reconstruction",
     "train": "darkroom.train_job",

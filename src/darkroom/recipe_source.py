@@ -12,7 +12,8 @@ from darkroom.config import merge, with_overrides
 from darkroom.data.locations import is_shapes, part_of
 from darkroom.errors import DarkroomError
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_io import load
+from darkroom.model_folder import find_source, is_model_folder
+from darkroom.model_io import load, load_first_stage
 from darkroom.pixel_format import PixelFormat
 from darkroom.plan import automatic_recipe
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
@@ -41,17 +42,24 @@ def new_recipe(
         raise DarkroomError("nothing to train on: give a recipe, a folder of images or a tar")
     if first_stage is not None and init_from is not None:
         raise DarkroomError("--init-from brings its model's own first stage; leave out --first-stage")
+    text = str(source)
+    is_recipe = Path(text).suffix in (".yaml", ".yml") or not Path(text).exists()
+    settings = read_recipe(find_recipe(text)) if is_recipe else {}
     parts: dict[str, Any] = {}
-    if init_from is not None:
+    if init_from is not None and _trains_first_stage_alone(settings):
+        train = merge(section(section(settings, "first_stage"), "train"), {"init_from": str(init_from)})
+        parts = {"first_stage": {"train": train | {"autoencoder": None}}}  # the network is that model's
+        settings["data"] = _image_settings(str(init_from)) | section(settings, "data")
+    elif init_from is not None:
         parts = _parts_of_model(str(init_from))
         kept = next((key for key in changes if key.split(".")[0] in ("denoiser", "conditioner")), None)
         if kept is not None:
             raise DarkroomError(f'--init-from keeps its model\'s denoiser and conditioner: leave out --set "{kept}"')
     elif first_stage is not None:
         parts = {"first_stage": {"path": str(first_stage)}}
-    text = str(source)
-    if Path(text).suffix in (".yaml", ".yml") or not Path(text).exists():
-        settings = read_recipe(find_recipe(text))
+        if is_recipe:
+            settings["data"] = _image_settings(str(first_stage)) | section(settings, "data")
+    if is_recipe:
         root = os.environ.get("DARKROOM_DATA")
         if data is not None:
             settings["data"] = found_at(section(settings, "data"), str(data))
@@ -166,9 +174,15 @@ def _parts_of_model(path: str) -> dict[str, Any]:
     }
 
 
+def _trains_first_stage_alone(settings: Mapping[str, Any]) -> bool:
+    """Whether a recipe's only task is a first stage, so that a model to start from is one for that."""
+    return settings.get("steps") == 0 and bool(section(settings, "first_stage").get("train"))
+
+
 def _image_settings(path: str) -> dict[str, Any]:
     """Channels and pixel format of the images that a model makes: those to train it on."""
-    model = load(path, device="cpu")
+    source = find_source(path)
+    model = load(source, device="cpu") if is_model_folder(source) else load_first_stage(source, device="cpu")
     settings: dict[str, Any] = {"channels": model.image_channels}
     if model.pixels != PixelFormat():
         settings |= {"pixels": model.pixels.dtype, "value_range": [model.pixels.low, model.pixels.high]}

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.statistics import encoder_fingerprint
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
+from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage, save, select_device
 from darkroom.perceptual_job import train_perceptual
 from darkroom.plan import Plan, Planner, describe_plan, fit_minutes, with_times
@@ -280,6 +281,16 @@ class _Job:
             raise DarkroomError('"steps" is 0 and there is no first stage to train: nothing to do')
         if not self.world.is_main:
             return Run(self.folder, None, None, summary)
+        config = self.recipe.first_stage.train
+        if config is not None and config.init_from is not None and not config.objective.train_encoder:
+            whole = is_model_folder(find_source(config.init_from))
+            given = load(config.init_from, device=str(self.device)) if whole else None
+            if isinstance(
+                given, LatentDiffusion
+            ):  # the latents are the same: the whole model goes on with this decoder
+                given.first_stage = first_stage
+                save(given, self.folder / "model", info={"decoder": {"recipe": self.recipe.name, "training": summary}})
+                return self._finished(summary)
         save(first_stage, self.folder / "model", info={"name": self.recipe.name, "training": summary})
         return self._finished(summary)
 
@@ -349,6 +360,12 @@ class _Job:
             for first in range(0, len(chosen), batch_size)
         ]
 
+    def _measured_batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """Images, or cached moments, whose latents give shift and scale."""
+        chosen = spread(len(dataset), MEASURED_IMAGES)
+        for first in range(0, len(chosen), 64):
+            yield collate([dataset[i] for i in chosen[first : first + 64]], pixels_of(dataset))
+
     def first_stage_stage(self, resume: bool) -> tuple[FirstStage | None, LoopResult | None]:
         """The trained or given first stage, with measured latents; the identity for pixel models."""
         choice = self.recipe.first_stage
@@ -400,10 +417,7 @@ class _Job:
             first_stage.preview = None  # of other latents
         if config.objective.train_encoder or config.init_from is None:
             self.say("measuring the latents")
-            chosen = spread(len(self.data), MEASURED_IMAGES)
-            parts = (chosen[k : k + 64] for k in range(0, len(chosen), 64))
-            images = (collate([self.data[i] for i in part], self.data.pixels)["image"] for part in parts)
-            first_stage.measure(images, config.latents)
+            first_stage.measure(self._measured_batches(self.data), config.latents)
         result.last.update(validate(result.steps))
         if self.world.is_main:
             save(first_stage, done)
@@ -418,6 +432,8 @@ class _Job:
         denoiser, conditioner = self._build_denoiser(first_stage)
         step = DenoiserStep(denoiser, conditioner, first_stage, recipe.objective)
         dataset, validation = self._latents(first_stage, conditioner.fields)
+        if first_stage is not None and recipe.first_stage.latents is not None:  # the cache holds what was before them
+            first_stage.measure(self._measured_batches(dataset), recipe.first_stage.latents)
         batches = self._validation_batches(validation)
         model = LatentDiffusion(first_stage, denoiser, conditioner, self._model_info({}))
         for module in (denoiser, conditioner):

@@ -129,6 +129,11 @@ class LatentCache:
         return cls(dataset, _open(folder / _DATA, meta["shape"], DTYPES[dtype]), DTYPES[dtype], wanted)
 
 
+def is_cache(folder: str | Path) -> bool:
+    """Whether a folder holds a finished cache, of whatever autoencoder."""
+    return (Path(folder) / _META).is_file() and (Path(folder) / _DATA).is_file()
+
+
 def cached_moments(folder: str | Path, autoencoder: str) -> Iterator[Tensor]:
     """The unnormalised moments (B, 2E or E, h, w) of a finished cache, in order, without its data set.
 

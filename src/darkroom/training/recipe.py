@@ -44,16 +44,24 @@ class FirstStageRecipe(LoopConfig):
 
 @dataclass(frozen=True)
 class FirstStageChoice:
-    """Exactly one of: train one, take a bundled one by name, take one from a path. None at all: work on pixels."""
+    """Exactly one of: train one, take a bundled one by name, take one from a path. None at all: work on pixels.
+
+    latents: measure shift and scale of a given one again, on this data ("global", "channel", "std"); null keeps them
+    """
 
     train: FirstStageRecipe | None = None
     name: str | None = None
     path: str | None = None
+    latents: LatentStatistics | None = None
 
     def __post_init__(self) -> None:
         given = [n for n in ("train", "name", "path") if getattr(self, n) is not None]
         if len(given) > 1:
             raise DarkroomError(f"first_stage has {' and '.join(given)}: give one of them (set the other to null)")
+        if self.latents is not None and self.name is None and self.path is None:
+            raise DarkroomError(
+                '"first_stage.latents" is for a given first stage; else set "first_stage.train.latents"'
+            )
 
 
 @dataclass(frozen=True)
