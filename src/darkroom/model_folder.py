@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import SafetensorsHeader, read_json, read_safetensors_header, sha256_of
+from darkroom.safe_files import SafetensorsHeader, read_json, read_numbers, read_safetensors_header, sha256_of
 
 FORMAT_VERSION = 1
 INDEX = "darkroom.json"
@@ -197,6 +197,12 @@ def describe_folder(folder: Path, verify: bool = True) -> dict[str, Any]:
             "live_weights": (place / WEIGHTS["live"]).is_file(),
             "config": read_json(place / CONFIG, "config"),
         }
+        if part == "first_stage":
+            parts[part]["latents"] = {
+                name: read_numbers(place / WEIGHTS["ema"], name)
+                for name in ("shift", "scale")
+                if name in header.tensors
+            }
         if part in index.references:
             parts[part]["reference"] = index.references[part]
     damaged = []

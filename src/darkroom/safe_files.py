@@ -195,6 +195,18 @@ def read_safetensors(path: Path | str, names: Collection[str] | None = None) -> 
     return tensors
 
 
+def read_numbers(path: Path | str, name: str) -> list[float]:
+    """The values of one small float32 or float64 tensor, without torch."""
+    path = Path(path)
+    with open_for_reading(path) as (file, size):
+        entry = _parse_header(path, file, size).tensors.get(name)
+        kind = {"F32": "f", "F64": "d"}.get("" if entry is None else entry.dtype)
+        if entry is None or kind is None or entry.numel > 65536:
+            raise DarkroomError(f"{path} holds no numbers {name!r} that can be shown")
+        file.seek(entry.start)
+        return list(struct.unpack(f"<{entry.numel}{kind}", file.read(entry.end - entry.start)))
+
+
 def _read_bytes(file: io.BufferedReader, start: int, count: int) -> Tensor | None:
     """(count,) uint8, or None when the file ends before."""
     import torch

@@ -169,6 +169,8 @@ def _model_lines(facts: dict[str, Any]) -> list[str]:
 
             more += f", images of {from_dict(PixelFormat, entry['config']['pixels'])}"
         lines.append(f"  {part.replace('_', ' ')}: {kind}{_amount(entry['parameters'])} numbers, {_kinds(entry)}{more}")
+        if "latents" in entry:
+            lines += _latent_lines(entry["latents"])
     lines.append(f"  in all: {_amount(total)} numbers, {sum(e['bytes'] for e in facts['parts'].values()) / 1e6:.1f} MB")
     for name, encoder in facts["parts"].get("conditioner", {}).get("config", {}).get("encoders", {}).items():
         classes = encoder.get("classes")
@@ -180,10 +182,25 @@ def _model_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _latent_lines(latents: dict[str, list[float]]) -> list[str]:
+    """latent = (z - shift) * scale, for all channels alike or for each."""
+    if set(latents) != {"shift", "scale"}:
+        return []
+    shift, scale = (latents[name] for name in ("shift", "scale"))
+    count = max(len(shift), len(scale))
+    if count == 1:
+        return [f"    latents: (z - shift) * scale, shift {shift[0]:.5g}, scale {scale[0]:.5g} for all channels"]
+    both = zip(*(v * count if len(v) == 1 else v for v in (shift, scale)), strict=True)
+    head = "    latents: (z - shift) * scale per channel"
+    return [head, *(f"      channel {i}: shift {m:.5g}, scale {s:.5g}" for i, (m, s) in enumerate(both))]
+
+
 def _part_kind(part: str, config: dict[str, Any]) -> str:
     if part == "first_stage":
         factor = 2 ** (len(config.get("channel_mult", [0])) - 1)
         return f"f {factor}, {config.get('embed_dim')} latent channels, "
+    if part == "preview":
+        return f"a decoder for live previews, f {config.get('downsampling')}, "
     if part == "denoiser":
         return f"{config.get('prediction_type')}, schedule {config.get('schedule', {}).get('kind')}, "
     return ""
