@@ -14,7 +14,7 @@ from pathlib import Path
 
 from darkroom.config import merge
 from darkroom.data.export import write_shapes
-from darkroom.data.sources import DataConfig, open_dataset
+from darkroom.data.sources import SYNTHETIC, DataConfig, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.train_job import train
 from darkroom.training.recipe import read_recipe, recipe_names, resolve
@@ -47,6 +47,8 @@ def run(name: str, path: Path, work: Path, stand_in: Path) -> str:
     if settings.get("first_stage", {}).get("train"):
         overrides |= FEW_FIRST_STAGE
     if name.startswith("shapes"):
+        overrides["data.count"] = 40
+    elif settings["data"].get("source") in SYNTHETIC:
         overrides["data.count"] = 40
     elif not os.environ.get("DARKROOM_DATA") or name.startswith("auto"):
         data, word = stand_in, "a stand-in made from shapes"

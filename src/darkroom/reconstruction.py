@@ -28,7 +28,7 @@ def reconstruct(first_stage: FirstStage, image: np.ndarray, tile: Tile = "auto")
     if not np.isfinite(values).all():
         raise DarkroomError("the image holds values that are not finite (NaN or infinity); replace them by numbers")
     device = next(iter(first_stage.state_dict().values())).device
-    numbers = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
+    numbers = torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C"))[None]
     with torch.inference_mode():
         network = pixels.to_network(numbers).to(device)
         latent = first_stage.encode(network, tile=tile).mode()

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: IMAGE-reconstructed, same type]")
-@click.option(
-    "--convert", is_flag=True, help="Bring the image to the model's channels and depth."
-)
+@click.option("--convert", is_flag=True, help="Bring the image to the model's channels and depth.")
 @click.option("--tile", default="auto", show_default=True, help="auto, none, or a side in pixels: bounds the memory.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")

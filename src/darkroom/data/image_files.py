@@ -33,7 +33,8 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY, _EXR, _PNG = b"\x93NUMPY", b"v/1\x01", b"\x89PNG\r\n\x1a\n"
 # Pillow modes that hold what the file holds, as long as its samples have 8 bits where the mode has 8.
 _EXACT = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1}
-_ORIENTATION, _BITS_PER_SAMPLE = 274, 258
+_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 274, 258, 277
+_PNG_COLOUR = {2: "RGB", 4: "LA", 6: "RGBA"}  # by the colour type in the header, byte 25
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,17 @@ def _read_png16(data: bytes, image: Any) -> tuple[np.ndarray, bool]:
     Pillow keeps the high byte of such samples. Read as if they were little-endian it keeps the low byte: two passes
     of its decoder give both. Grey with opacity has four bytes a pixel, like 8-bit RGBA.
     """
-    stored = image.tile[0][3]
-    if stored == "LA;16B":
+    stored = _PNG_COLOUR[data[25]]
+    if stored == "LA":
         raw = np.ascontiguousarray(_decoded(data, "RGBA"))
         return raw.view(">u2").astype(np.uint16), True
-    if stored not in ("RGB;16B", "RGBA;16B"):
-        raise ValueError(f"16-bit PNG of the unknown form {stored}")
-    high = _decoded(data, str(stored)).astype(np.uint16)
-    values = high << 8 | _decoded(data, str(stored).replace("16B", "16L"))
+    high = _decoded(data, f"{stored};16B").astype(np.uint16)
+    values = high << 8 | _decoded(data, f"{stored};16L")
     key = image.info.get("transparency")
-    if stored == "RGB;16B" and isinstance(key, tuple):  # one colour that is see-through
+    if stored == "RGB" and isinstance(key, tuple):  # one colour that is see-through
         opaque = (values != np.array(key, np.uint16)).any(2, keepdims=True)
         return np.concatenate([values, opaque.astype(np.uint16) * np.uint16(65535)], 2), True
-    return values, stored == "RGBA;16B"
+    return values, stored == "RGBA"
 
 
 def _decoded(data: bytes, raw_mode: str) -> np.ndarray:
@@ -191,14 +190,17 @@ def _read_tiff(data: bytes, channels: int | None) -> Samples:
 
 def _tiff_by_pillow(data: bytes, channels: int | None) -> Samples | None:
     """What Pillow reads without loss, and its many compressions with it; else None."""
+    if not data.startswith(_TIFF[:2]):  # beyond 4 GB, which it reads in part
+        return None
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pages = getattr(image, "n_frames", 1)
-            bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))  # type: ignore[attr-defined]
-            exact = image.mode not in ("L", "LA", "RGB", "RGBA") or set(np.ravel(bits)) <= {1, 2, 4, 8}
-            if not exact or (pages > 1 and channels not in (1, 3)):
+            pages, tags = getattr(image, "n_frames", 1), image.tag_v2  # type: ignore[attr-defined]
+            bits = set(np.ravel(tags.get(_BITS_PER_SAMPLE, 1)))
+            exact = image.mode[0] in "IF" or bits <= {1, 2, 4, 8}
+            whole = len(image.getbands()) == tags.get(_SAMPLES_PER_PIXEL, 1) and image.mode != "RGBX"
+            if not (exact and whole) or (pages > 1 and channels not in (1, 3)):
                 return None
-            turn = image.getexif().get(_ORIENTATION, 1)
+            turn = tags.get(_ORIENTATION, 1)
             values, alpha = _from_pillow(image)
             return Samples(upright(values, turn), alpha, "TIFF", turn != 1)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
@@ -295,7 +297,8 @@ def read_text(path: str | Path) -> dict[str, str]:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        stored = path.with_suffix(".json").read_text(encoding="utf-8") if path.exists() else path.read_text()
+        beside = path.with_suffix(".json")
+        stored = beside.read_text(encoding="utf-8") if beside.is_file() else ""
     elif suffix == ".exr":
         with _library("OpenEXR", "EXR").File(str(path)) as file:
             stored = str(file.header().get("comments", ""))

@@ -26,6 +26,8 @@ def resolve_pixels(config: DataConfig) -> DataConfig:
     if config.is_resolved:
         return config
     if config.is_shapes:
+        if config.pixels != "auto":
+            raise DarkroomError(f"shapes have 8 bits: pixels={config.pixels} is not possible; use pixels=uint8")
         return replace(config, pixels="uint8")
     if config.is_synthetic:
         from darkroom.data.synthetic import SETS

@@ -96,7 +96,7 @@ def decode(
     shape = (values.shape[1], values.shape[0])
     if size is not None and size != shape:
         values = resize(values, size)
-    return np.ascontiguousarray(values.transpose(2, 0, 1)), shape
+    return np.array(values.transpose(2, 0, 1), order="C"), shape  # a copy: arrays of Pillow cannot be written to
 
 
 def convert(samples: Samples, channels: int, pixels: PixelFormat, background: str = "white") -> np.ndarray:
