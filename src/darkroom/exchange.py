@@ -107,7 +107,7 @@ def convert(
         raise DarkroomError(
             f"{found.path} holds float64, which a Darkroom model would round; convert it to float32 first"
         )
-    scale_from = found.scale_from if scale is None else "as asked for"
+    scale_from = found.scale_from if shift is None and scale is None else "what was asked for"
     wanted = replace(
         found, shift=found.shift if shift is None else shift, scale=found.scale if scale is None else scale
     )

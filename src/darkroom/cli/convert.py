@@ -52,14 +52,18 @@ def _lines(done: Conversion) -> list[str]:
         lines.append(f"  only the first stage of {found.inside}: this version does not convert its other parts")
     left_out = {what: count for what, count in found.left_out.items() if not (found.inside and "other" in what)}
     if left_out:
-        lines.append("  left out: " + ", ".join(f"{what} ({count} tensors)" for what, count in left_out.items()))
+        lines.append("  left out: " + ", ".join(f"{what} ({_tensors(count)})" for what, count in left_out.items()))
     lines.append(f"  latents: shift {_number(done.shift)}, scale {_number(done.scale)} (from {done.scale_from})")
     if done.scale_from == "a bare first stage":
         lines[-1] = (
             f"  latents: shift {_number(done.shift)}, scale {_number(done.scale)}: a bare first stage does not say; "
             "Stable Diffusion 1 and 2 have --scale 0.18215, XL has 0.13025"
         )
-    return [*lines, f"{done.destination} ({done.format}): {done.tensors} tensors, bit for bit"]
+    return [*lines, f"{done.destination} ({done.format}): {_tensors(done.tensors)}, bit for bit"]
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _number(value: Number) -> str:
