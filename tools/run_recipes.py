@@ -46,9 +46,7 @@ def run(name: str, path: Path, work: Path, stand_in: Path) -> str:
     data, word = None, "its own data"
     if settings.get("first_stage", {}).get("train"):
         overrides |= FEW_FIRST_STAGE
-    if name.startswith("shapes"):
-        overrides["data.count"] = 40
-    elif settings["data"].get("source") in SYNTHETIC:
+    if name.startswith("shapes") or settings.get("data", {}).get("source") in SYNTHETIC:
         overrides["data.count"] = 40
     elif not os.environ.get("DARKROOM_DATA") or name.startswith("auto"):
         data, word = stand_in, "a stand-in made from shapes"

@@ -49,17 +49,17 @@ def _build_autoencoder(config: Mapping[str, Any]) -> FirstStage:
     if kind == "identity":
         identity = from_dict(IdentityConfig, values, "first_stage")
         first_stage = FirstStage(IdentityAutoencoder(identity.channels))
-        first_stage.config_dict = {"kind": kind, **to_dict(identity)}  # type: ignore[assignment]
+        first_stage.config_dict = {"kind": kind, **to_dict(identity)}
         return first_stage
     autoencoder_config = from_dict(AutoencoderConfig, values, "first_stage")
     follows = "kl" if autoencoder_config.codebook_size is None else "vq"
     if kind not in (None, follows):
         raise DarkroomError(
-            f'"first_stage.kind" is {kind!r} but codebook_size={autoencoder_config.codebook_size} makes it "{follows}": '
-            'remove the line (known: "kl", "vq", "identity")'
+            f'"first_stage.kind" is {kind!r} but codebook_size={autoencoder_config.codebook_size} makes it '
+            f'"{follows}": remove the line (known: "kl", "vq", "identity")'
         )
     first_stage = FirstStage(Autoencoder(autoencoder_config))
-    first_stage.config_dict = {"kind": follows, **to_dict(autoencoder_config)}  # type: ignore[assignment]
+    first_stage.config_dict = {"kind": follows, **to_dict(autoencoder_config)}
     return first_stage
 
 
