@@ -60,6 +60,8 @@ def _facts(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
         rows.append(("picture size in training", f"{size[0]} x {size[-1]}"))
     labels = {"channels": "image channels", "downsampling": "downsampling f", "latent_channels": "latent channels"}
     rows += [(label, info[key]) for key, label in labels.items() if info.get(key)]
+    if (pixels := _pixels(info)).get("dtype", "uint8") != "uint8":
+        rows.append(("pixels", f"{pixels['dtype']}, {pixels.get('low'):g} to {pixels.get('high'):g}"))
     if "conditioning" in info:
         rows.append(("conditioning", ", ".join(map(str, as_list(info["conditioning"]))) or "none"))
     if classes := as_list(info.get("classes")):
@@ -68,6 +70,12 @@ def _facts(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if parameters := info.get("parameters"):
         rows += flatten(parameters, "parameters")
     return rows
+
+
+def _pixels(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The dict form of the pixel format; empty where nothing is said, which means 8 bits."""
+    found = info.get("pixel_format")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _usage(info: Mapping[str, Any]) -> list[str]:
@@ -79,16 +87,18 @@ def _usage(info: Mapping[str, Any]) -> list[str]:
         shell, call = f' --class "{classes[0]}"', f'class_label="{classes[0]}", '
     else:
         shell, call = "", ""
+    dtype = _pixels(info).get("dtype", "uint8")
+    picture = "picture.tif" if dtype == "float32" or int(info.get("channels") or 3) > 4 else "picture.png"
     return [
         "```bash",
-        f"darkroom generate -m FOLDER{shell} --seed 0 -o picture.png",
+        f"darkroom generate -m FOLDER{shell} --seed 0 -o {picture}",
         "```",
         "",
         "```python",
         "import darkroom",
         "",
         'model = darkroom.load("FOLDER")',
-        f"result = model.generate({call}seed=[0, 1, 2, 3])  # result.images: (4, H, W, C) uint8",
+        f"result = model.generate({call}seed=[0, 1, 2, 3])  # result.images: (4, H, W, C) {dtype}",
         "```",
     ]
 

@@ -101,7 +101,8 @@ def train_perceptual(
         chosen = list(range(len(shown)))
     size = config.batch_size
     batches = [
-        collate([shown[i] for i in chosen[k :: -(-len(chosen) // size)]]) for k in range(-(-len(chosen) // size))
+        collate([shown[i] for i in chosen[k :: -(-len(chosen) // size)]], shown.pixels)
+        for k in range(-(-len(chosen) // size))
     ]
 
     def validate(_: int) -> dict[str, float]:
