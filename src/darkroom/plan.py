@@ -343,8 +343,9 @@ def _with_steps(config: Any, steps: int, prefix: str, fixed: Collection[str]) ->
 def _with_starts(
     objective: FirstStageTrainConfig, factor: float, prefix: str, fixed: Collection[str]
 ) -> FirstStageTrainConfig:
-    """The discriminator and the whole images begin at the same share of a longer or shorter run."""
-    starts = {"discriminator_start": objective.discriminator_start, "crop_steps": objective.crop_steps}
+    """The discriminator, the whole images and the codes begin at the same share of a longer or shorter run."""
+    names = ("discriminator_start", "crop_steps", "quantize_start")
+    starts = {name: getattr(objective, name) for name in names}
     moved: dict[str, Any] = {
         k: round(v * factor) for k, v in starts.items() if v is not None and f"{prefix}{k}" not in fixed
     }

@@ -212,6 +212,32 @@ def test_codes_come_alive_and_their_use_is_counted() -> None:
     assert "validation_kl" not in scores
 
 
+def test_codes_can_begin_later_on_latents_that_mean_something() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, quantize_start=2, discriminator_weight=0.0)
+    step = FirstStageStep(Autoencoder(replace(TINY, codebook_size=16)), config)
+    codebook, image = step.autoencoder.codebook, images(seed=5)
+    assert codebook is not None
+    with torch.no_grad():
+        codebook.embedding.weight.add_(1e3)  # far from every latent
+    noise = torch.zeros(4, 3, 8, 8)
+    _, metrics = step.phases[0].module.loss(image, noise, 1)  # type: ignore[operator]
+    with torch.no_grad():
+        decoded = step.autoencoder.decode(step.autoencoder.encode(image).mode(), quantize=False)
+    assert float(metrics["reconstruction"]) == pytest.approx(float((decoded - image).abs().mean()), rel=1e-5)
+    for train_step in (0, 1):
+        loss, _ = step.phases[0].module({"image": image}, generator(train_step), train_step)
+        loss.backward()
+    assert codebook.embedding.weight.grad is not None and not codebook.embedding.weight.grad.any()
+    assert float(codebook.embedding.weight.detach().abs().min()) > 100
+    _, metrics = step.phases[0].module({"image": image}, generator(2), 2)
+    assert float(codebook.embedding.weight.detach().abs().max()) < 100  # moved onto latents
+    assert float(metrics["codes_used"]) > 0.6
+    before = codebook.embedding.weight.detach().clone()
+    step.phases[0].module({"image": image}, generator(3), 3)
+    assert codebook.embedding.weight.equal(before)  # once
+
+
 def test_a_frozen_encoder_keeps_its_codebook() -> None:
     config = replace(CONFIG, train_encoder=False, revive_codes_every=1, discriminator_weight=0.0)
     step = FirstStageStep(Autoencoder(replace(TINY, codebook_size=16)), config)

@@ -60,6 +60,8 @@ class FirstStageTrainConfig:
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # VQ: of the codebook loss
     codebook_beta: float = 0.25  # VQ: of the term that moves the codes, beside the commitment of the encoder
+    quantize_start: int = 0  # VQ: train step from which the decoder is given codes. Before, it is given the latent, and
+    # all codes then begin on latents: where f is large, codes of an encoder that knows nothing teach it nothing
     revive_codes_every: int | None = None  # VQ: after this many train steps codes that were not used once are moved
     # onto latents of the batch, and at step 0 all of them, so that the codebook begins on the data. None: never
     initial_posterior_std: float = 0.1  # of a fresh autoencoder; with the natural 1 the noise hides the latent at first
@@ -237,8 +239,10 @@ class AutoencoderPhase(nn.Module):
         f, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
         shape = (image.shape[0], channels, image.shape[2] // f, image.shape[3] // f)
         noise = torch.randn(shape, generator=generator).to(image)
-        every = config.revive_codes_every
-        if self._frozen.code_use is not None and config.train_encoder and every and train_step % every == 0:
+        every, start = config.revive_codes_every, config.quantize_start
+        begins = train_step == start > 0
+        again = every is not None and train_step >= start and train_step % every == 0
+        if (begins or again) and self._frozen.code_use is not None and config.train_encoder:
             self._revive(image, train_step, generator)
         return self.loss(image, noise, train_step)
 
@@ -257,7 +261,8 @@ class AutoencoderPhase(nn.Module):
         else:
             indices = codebook.nearest(z)
             quantised = codebook.lookup(indices)
-            output = self.autoencoder.decode(straight_through(z, quantised), quantize=False)
+            given = z if train_step < config.quantize_start else straight_through(z, quantised)
+            output = self.autoencoder.decode(given, quantize=False)
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
         leaf = precise(output.detach()).requires_grad_()
         adversarial = distance = None
@@ -292,7 +297,8 @@ class AutoencoderPhase(nn.Module):
                 metrics["kl"] = kl.detach()
             else:
                 movement = codebook_loss(posterior.mean, precise(quantised), config.codebook_beta)
-                loss = loss + config.codebook_weight * movement
+                quantises = train_step >= config.quantize_start
+                loss = loss + (config.codebook_weight if quantises else 0.0) * movement  # 0: DDP wants all parameters
                 counts = code_counts(indices, codebook.size)
                 metrics |= {"codebook": movement.detach(), "perplexity": perplexity(counts)}
                 metrics["codes_used"] = (counts > 0).float().mean()
@@ -313,7 +319,7 @@ class AutoencoderPhase(nn.Module):
         if train_step == self._revived_at:  # a later micro-batch of the step
             return
         self._revived_at = train_step
-        counts = torch.zeros_like(use.counts) if train_step == 0 else use.counts.clone()
+        counts = torch.zeros_like(use.counts) if train_step == self.config.quantize_start else use.counts.clone()
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several:
             torch.distributed.all_reduce(counts)
