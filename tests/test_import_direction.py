@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "darkroom"
 
 # Helpers that any layer may use; among themselves they only go downwards in this order.
-FOUNDATION = ("errors", "pixel_format", "config", "safe_files", "safe_pickle")
+FOUNDATION = ("errors", "pixel_format", "config", "safe_files", "safe_pickle", "kernels")
 
 # layer: the layers it may import besides itself and the foundation.
 ALLOWED: dict[str, set[str]] = {
@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_card": {"report_tables"},
     "report": {"report_charts", "report_tables", "model_card"},
     "report_evaluation": {"report", "report_charts", "report_tables"},
+    "study_picture": {"report_evaluation", "report_charts", "report_tables"},
 }
 # What puts the parts together may import everything that does not stand above it.
 COMPOSE = (
@@ -69,7 +70,9 @@ COMPOSE = (
     "__main__",
 )
 # Third-party packages of the pure layers.
-ONLY_TORCH = ("diffusion", "features", "networks", "solvers", "first_stage", "denoiser", "objective", "guidance")
+ONLY_TORCH = (
+    "kernels", "diffusion", "features", "networks", "solvers", "first_stage", "denoiser", "objective", "guidance",
+)  # fmt: skip
 
 # (importer, imported): why. Only inside a function, so that importing the lower layer does not load the upper one.
 EXCEPTIONS = {("latent_diffusion", "model_io"): "model.save(folder) is a method of the public contract"}

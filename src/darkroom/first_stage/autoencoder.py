@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
-from darkroom.first_stage.norm import group_norm, group_norm_silu
 from darkroom.first_stage.posterior import Posterior
 from darkroom.first_stage.quantizer import Codebook, precise
+from darkroom.kernels import Conv1x1, Conv3x3, norm, norm_silu, upsample_conv
 
 NORM_EPSILON = 1e-6
 
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(group_norm_silu(self.norm_out, self.mid(x)))
+        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(group_norm_silu(self.norm_out, x))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class Level(nn.Module):
@@ -254,16 +254,16 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = make_norm(channels, groups)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels, out_channels)
         self.norm2 = make_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.nin_shortcut = Conv1x1(channels, out_channels) if channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(group_norm_silu(self.norm1, x))
-        h = self.conv2(self.dropout(group_norm_silu(self.norm2, h)))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
+        return _add(x if self.nin_shortcut is None else self.nin_shortcut(x), h)
 
 
 class Attention(nn.Module):
@@ -272,18 +272,18 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = make_norm(channels, groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv1x1(channels, channels)
+        self.k = Conv1x1(channels, channels)
+        self.v = Conv1x1(channels, channels)
+        self.proj_out = Conv1x1(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        h = group_norm(self.norm, x)
+        h = norm(self.norm, x)
         # (B, C, H, W) -> (B, 1 head, H*W, C): a view where the memory format is channels_last.
         q, k, v = (conv(h).permute(0, 2, 3, 1).reshape(b, 1, height * width, c) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(h.reshape(b, height, width, c).permute(0, 3, 1, 2))
+        return _add(x, self.proj_out(h.reshape(b, height, width, c).permute(0, 3, 1, 2)))
 
 
 class Downsample(nn.Module):
@@ -302,10 +302,17 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return upsample_conv(x, self.conv)
+
+
+def _add(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch; without gradients in the memory of `branch`, which nothing else holds."""
+    if torch.is_grad_enabled() or x.dtype != branch.dtype:
+        return x + branch
+    return branch.add_(x)
 
 
 def make_norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from darkroom.networks import kernels
-from darkroom.networks.kernels import attention, linear
+from darkroom import kernels
+from darkroom.kernels import attention, linear
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
-from darkroom.networks.kernels import attention, linear
+from darkroom.kernels import attention, linear
 
 
 @dataclass

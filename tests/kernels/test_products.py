@@ -1,4 +1,4 @@
-"""The fast linear layer and group norm against torch's own."""
+"""The fast linear layer and attention against torch's own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from darkroom.networks import kernels
-from darkroom.networks.kernels import attention, group_norm, linear
+from darkroom.kernels import attention, linear, products
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -21,7 +20,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 @pytest.mark.parametrize("large", [True, False])
 def test_linear_is_linear(shape: tuple[int, ...], with_bias: bool, large: bool, monkeypatch: Any) -> None:
     """By oneDNN, where it is taken for large products, and by torch; rows that 16 divides and others."""
-    monkeypatch.setattr(kernels, "_WORTH_IT", 0 if large else 2**31)
+    monkeypatch.setattr(products, "_WORTH_IT", 0 if large else 2**31)
     x = randn(*shape).requires_grad_()
     weight, bias = randn(10, 24, seed=1).requires_grad_(), randn(10, seed=2).requires_grad_() if with_bias else None
     inputs = [t for t in (x, weight, bias) if t is not None]
@@ -40,7 +39,7 @@ def test_linear_is_linear(shape: tuple[int, ...], with_bias: bool, large: bool, 
 
 @pytest.mark.parametrize("trained", ["x", "weight", "bias"])
 def test_linear_gives_only_the_gradients_asked_for(trained: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(kernels, "_WORTH_IT", 0)
+    monkeypatch.setattr(products, "_WORTH_IT", 0)
     given = {"x": randn(2, 8, 24), "weight": randn(10, 24, seed=1), "bias": randn(10, seed=2)}
     given[trained].requires_grad_()
     out_grad = randn(2, 8, 10, seed=3)
@@ -50,7 +49,7 @@ def test_linear_gives_only_the_gradients_asked_for(trained: str, monkeypatch: An
 
 
 def test_linear_takes_tokens_and_weights_in_any_layout(monkeypatch: Any) -> None:
-    monkeypatch.setattr(kernels, "_WORTH_IT", 0)
+    monkeypatch.setattr(products, "_WORTH_IT", 0)
     x, weight = randn(2, 24, 6).transpose(1, 2).requires_grad_(), randn(24, 8).t().requires_grad_()
     ours, expected = linear(x, weight), F.linear(x, weight)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
@@ -61,44 +60,6 @@ def test_linear_takes_tokens_and_weights_in_any_layout(monkeypatch: Any) -> None
         strict=True,
     ):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("shifted", [True, False])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_group_norm_gradients_are_exact(silu: bool, shifted: bool, rows: int) -> None:
-    """Against finite differences in float64."""
-    x = randn(3, 8, 3, 2, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
-    shift = randn(3, 8, seed=1, dtype=torch.float64).requires_grad_() if shifted else None
-    weight = randn(rows, 8, seed=2, dtype=torch.float64).requires_grad_()
-    bias = randn(rows, 8, seed=3, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: group_norm(*a, 4, 1e-5, silu), (x, shift, weight, bias))
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_group_norm_is_torchs(layout: torch.memory_format, dtype: torch.dtype) -> None:
-    x = randn(2, 64, 5, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
-    shift, weight, bias = randn(2, 64, seed=1).to(dtype), randn(1, 64, seed=2), randn(1, 64, seed=3)
-    ours = group_norm(x, shift, weight, bias, 32, 1e-5, True)
-    assert ours.dtype == dtype and ours.is_contiguous(memory_format=layout)
-    exact = F.silu(
-        F.group_norm(x.double() + shift.double()[:, :, None, None], 32, weight[0].double(), bias[0].double())
-    )
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=tolerance)
-    out_grad = randn(2, 64, 5, 7, seed=4)
-    (grad,) = torch.autograd.grad(ours, x, out_grad.to(dtype))
-    (expected,) = torch.autograd.grad(exact, x, out_grad.double())
-    torch.testing.assert_close(grad.double(), expected.double(), atol=3 * tolerance, rtol=tolerance)
-
-
-def test_group_norm_survives_a_large_mean() -> None:
-    """E[x^2] - E[x]^2 in float32 would be off by a tenth here."""
-    x = randn(1, 32, 16, 16) + 1000
-    expected = F.group_norm(x.double(), 32)
-    one, zero = torch.ones(1, 32), torch.zeros(1, 32)
-    torch.testing.assert_close(group_norm(x, None, one, zero, 32, 1e-5, False).double(), expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("length", [3, 16, 40])
