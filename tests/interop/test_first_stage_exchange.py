@@ -110,13 +110,13 @@ def test_what_diffusers_writes_is_read(safe: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl-f8", "vq-f4"])
 @torch.no_grad()
-def test_full_size_official_weights_compute_what_diffusers_computes(name: str, tmp_path: Path) -> None:
+def test_full_size_official_weights_compute_what_diffusers_computes(name: str, big_path: Path) -> None:
     spec = layout(name)
     state = weights().make_state_dict(spec["layout"], spec.get("derived"))
-    ours = load(write_checkpoint(tmp_path / "official.ckpt", state)).autoencoder
-    convert(tmp_path / "official.ckpt", tmp_path / "theirs", "diffusers")
-    theirs = DIFFUSERS_CLASS[name[:2]].from_pretrained(tmp_path / "theirs").eval()
-    image = make_input(3, (1, 3, 128, 128), 0.5)
+    ours = load(write_checkpoint(big_path / "official.ckpt", state)).autoencoder
+    convert(big_path / "official.ckpt", big_path / "theirs", "diffusers")
+    theirs = DIFFUSERS_CLASS[name[:2]].from_pretrained(big_path / "theirs").eval()
+    image = make_input(3, (1, 3, 64, 96), 0.5)
     z = ours.encode(image).mean
     found = {"encode": differs_by(z, theirs_encode(theirs, image))}
     found["decode"] = differs_by(ours.decode(z), theirs.decode(z).sample)
@@ -338,7 +338,7 @@ def test_a_given_official_first_stage_trains_and_serves(tmp_path: Path) -> None:
     """`first_stage.path` and `first_stage.train.init_from` of a recipe take official files as they are."""
     _, state = golden("autoencoder_kl", "kl_eps_probe")
     path = write_checkpoint(tmp_path / "fs.ckpt", state)
-    short = {"steps": 1, "batch_size": 2, "data.count": 8, "data.size": 16, "evaluate.samples": 1, "evaluate.steps": 1}
+    short = {"steps": 1, "batch_size": 2, "data.count": 8, "data.size": 32, "evaluate.samples": 1, "evaluate.steps": 1}
     given = short | {"first_stage.train": None, "first_stage.path": str(path)}
     darkroom.train("shapes-tiny", tmp_path / "given", overrides=given, quiet=True)
     model = load(tmp_path / "given" / "model")
@@ -404,7 +404,7 @@ def test_damaged_and_other_files(tmp_path: Path, refused: Callable[..., str]) ->
         "convert", tmp_path / "diffusers-sd1-unet.safetensors", tmp_path / "out"
     )
     whole = hollow_layout(tmp_path, "sd-v1")
-    with pytest.raises(DarkroomError, match=r"Stable Diffusion 1 checkpoint \(1131 tensors .*kl-f8"):
+    with pytest.raises(DarkroomError, match=r"Stable Diffusion 1 checkpoint \(1143 tensors .*kl-f8"):
         load(whole)
     (tmp_path / "text.ckpt").write_text("hello")
     assert "not a checkpoint" in refused("convert", tmp_path / "text.ckpt", tmp_path / "out")

@@ -187,19 +187,19 @@ def test_numbers_come_back_from_every_layout(topic: str, name: str, suffix: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BARE)
-def test_full_size_numbers_come_back(name: str, tmp_path: Path) -> None:
+def test_full_size_numbers_come_back(name: str, big_path: Path) -> None:
     spec = layout(name)
     state = weights().make_state_dict(spec["layout"], spec.get("derived"))
-    write_checkpoint(tmp_path / "official.ckpt", state)
-    loaded = load(tmp_path / "official.ckpt").autoencoder.state_dict()
+    write_checkpoint(big_path / "official.ckpt", state)
+    loaded = load(big_path / "official.ckpt").autoencoder.state_dict()
     assert all(same_bits(loaded[key], state[key]) for key in loaded)
     del loaded
     steps = [("ours", None), ("theirs", "diffusers"), ("again.ckpt", "compvis")]
     source = "official.ckpt"
     for destination, to in steps:
-        convert(tmp_path / source, tmp_path / destination, to)
+        convert(big_path / source, big_path / destination, to)
         source = destination
-    again = open_tensor_file(tmp_path / "again.ckpt")
+    again = open_tensor_file(big_path / "again.ckpt")
     tensors = again.read(again.shapes)
     assert tensors.keys() == {key for key in state if not key.startswith("loss.")}
     assert all(same_bits(tensors[key], state[key]) for key in tensors)
@@ -207,10 +207,10 @@ def test_full_size_numbers_come_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd-v1", "sd-v2-1-v768", "sd3-medium"])
-def test_full_size_first_stages_leave_their_checkpoints(name: str, tmp_path: Path) -> None:
+def test_full_size_first_stages_leave_their_checkpoints(name: str, big_path: Path) -> None:
     """Numbers for the first stage, a hollow rest: the file has its full size, the memory a first stage's."""
     spec = layout(name)
-    path = hollow_layout(tmp_path, name)
+    path = hollow_layout(big_path, name)
     made = dict(weights().iter_arrays(spec["layout"], spec.get("derived"), prefix="first_stage_model."))
     entries = open_tensor_file(path)
     assert set(made) < set(entries.shapes)
@@ -224,8 +224,8 @@ def test_full_size_first_stages_leave_their_checkpoints(name: str, tmp_path: Pat
     loaded = load_first_stage(path).autoencoder.state_dict()
     for key, tensor in loaded.items():
         assert same_bits(tensor, torch.from_numpy(made[f"first_stage_model.{key}"])), key
-    convert(path, tmp_path / "vae", "diffusers")
-    convert(tmp_path / "vae", tmp_path / "vae.safetensors")
-    again = open_tensor_file(tmp_path / "vae.safetensors")
+    convert(path, big_path / "vae", "diffusers")
+    convert(big_path / "vae", big_path / "vae.safetensors")
+    again = open_tensor_file(big_path / "vae.safetensors")
     tensors = again.read(again.shapes)
     assert all(same_bits(tensors[key], loaded[key]) for key in loaded) and tensors.keys() == loaded.keys()
