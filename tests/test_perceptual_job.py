@@ -93,6 +93,8 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     settings = TINY | {"perceptual.objective.crop": 48}
     with pytest.raises(DarkroomError, match=r"data\.size"):
         train("perceptual", tmp_path / "b", data=data, overrides=settings, quiet=True)
+    with pytest.raises(DarkroomError, match="not on 6 channels"):
+        LabelledPictures(DataConfig(source=str(data), size=40, channels=6), "train")
     with pytest.raises(DarkroomError, match="no perceptual network"):
         load_perceptual(tmp_path / "a" / "model")
 

@@ -42,7 +42,15 @@ class LabelledPictures:
 
     def __init__(self, config: DataConfig, split: str) -> None:
         sources = config.source if isinstance(config.source, list) else [config.source]
+        if config.channels not in (1, 3):
+            raise DarkroomError(
+                f"a perceptual network is trained on colour or grey pictures, not on {config.channels} channels: set "
+                '"data.channels" to 3 or 1 (the trained network takes any number)'
+            )
         self.parts: list[ImageDataset] = [open_dataset(replace(config, source=s), split) for s in sources]
+        self.pixels = self.parts[0].pixels
+        if any(part.pixels != self.pixels for part in self.parts):
+            raise DarkroomError('the sources have different pixel formats: set "data.pixels" to "uint8"')
         self._ends = list(accumulate(len(part) for part in self.parts))
         self._first_label: list[int | None] = []
         known: dict[tuple[str, ...], int] = {}
@@ -96,14 +104,10 @@ def train_perceptual(
     if world.is_main:
         _prepare(recipe, folder, data, resume)
     shown = held_out if len(held_out) else data
-    chosen = [i * len(shown) // VALIDATION_IMAGES for i in range(min(VALIDATION_IMAGES, len(shown)))]
-    if len(shown) < VALIDATION_IMAGES:
-        chosen = list(range(len(shown)))
-    size = config.batch_size
-    batches = [
-        collate([shown[i] for i in chosen[k :: -(-len(chosen) // size)]], shown.pixels)
-        for k in range(-(-len(chosen) // size))
-    ]
+    count = min(VALIDATION_IMAGES, len(shown))
+    lots = -(-count // config.batch_size)  # each takes every lots-th picture, so that all lots have all sources
+    chosen = [[i * len(shown) // count for i in range(k, count, lots)] for k in range(lots)]
+    batches = [collate([shown[i] for i in lot], shown.pixels) for lot in chosen]
 
     def validate(_: int) -> dict[str, float]:
         return step.validation_loss(batches, config.seed)
