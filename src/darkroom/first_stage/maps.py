@@ -37,6 +37,11 @@ class Source(ABC):
 
     shape: Shape
 
+    @property
+    def widest(self) -> int:
+        """Elements, at most, of any map that is computed for one row of this one."""
+        return self.shape.width * self.shape.channels
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """(n, W, C) for start <= row < stop. Not to be written to."""

@@ -102,6 +102,10 @@ class Convolved(Computed):
             x = F.pad(x, (*border, max(-first, 0), max(last - height, 0)))
         return _rows(F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, left if left == right else 0)))
 
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self._stride * self.source.widest)
+
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         return self.source.reads(start * self._stride - self._top)
 
@@ -138,6 +142,10 @@ class UpsampledConvolved(Computed):
                 out[2 * first + p - start :: 2, :, q] = y[:, q : q + width]
         return out.flatten(1, 2)
 
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
+
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         return self.source.reads(start // 2 - 1)
 
@@ -153,6 +161,10 @@ class Upsampled(Source):
         low = start // 2
         x = self.source.rows(low, (stop - 1) // 2 + 1)
         return x.repeat_interleave(2, 0)[start - 2 * low : stop - 2 * low].repeat_interleave(2, 1)
+
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
 
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         return self.source.reads(start // 2)
@@ -180,6 +192,10 @@ class Normalised(Source):
             F.silu(out, inplace=True)
         return out.to(piece.dtype)
 
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
+
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         return self.source.reads(start)
 
@@ -191,6 +207,10 @@ class Sum(Computed):
 
     def compute(self, start: int, stop: int) -> Tensor:
         return self.first.rows(start, stop) + self.second.rows(start, stop)
+
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.first.widest, self.second.widest)
 
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         yield from self.first.reads(start)
@@ -218,6 +238,10 @@ class Attended(Computed):
         queries = _linear(x.flatten(0, 1), self._attend.q) * self.shape.channels**-0.5
         h = torch.cat([_softmax_average(q, self._keys, self._values) for q in queries.split(QUERIES)])
         return _linear(h, self._attend.proj).view(x.shape)
+
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
 
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         return self.source.reads(start)

@@ -220,26 +220,25 @@ class _Run:
         return stored
 
     def _settle(self, normalised: bool) -> None:
-        """Store the current map if that is not done, and know its statistics if a norm follows."""
+        """Store the current map if it is not, and take its statistics on the way if a norm follows.
+
+        Where there is no room and no file for it, it stays as it is and will be computed again for every pass.
+        """
         source = self.current
-        if normalised and self.statistics is None:
-            statistics = self.statistics = Statistics(source.shape.channels)
-        else:
-            statistics = None
-        stored = None
-        if not isinstance(source, StoredMap):
-            if self.statistics is not None and statistics is None:
-                return  # already found to have no room
+        stored, dying = None, set[StoredMap]()
+        statistics = Statistics(source.shape.channels) if normalised and self.statistics is None else None
+        if not isinstance(source, StoredMap) and self.statistics is None:
             dying = self._read_by_nobody_else(source)
             stored = self.workspace.make(source.shape, self.itemsize, sum(m.held for m in dying))
-            if stored is None and not isinstance(source, Convolved | UpsampledConvolved):
+            # A sum is read twice by the next block, that one's by the next: computing it again would never end.
+            if stored is None and isinstance(source, Sum):
                 raise DarkroomError(
                     f"a map of {source.shape.bytes(self.itemsize) / 1e9:.2f} GB does not fit the memory allowed: "
                     "raise memory_gb, or allow files (spill)"
                 )
         if stored is None and statistics is None:
             return
-        for start, stop in self._strips(source.shape):
+        for start, stop in self._strips(source):
             rows = source.rows(start, stop)
             if statistics is not None:
                 statistics.add(rows)
@@ -251,12 +250,14 @@ class _Run:
         if stored is not None:
             self._close(source)
             self.current = stored
+        if statistics is not None:
+            self.statistics = statistics
 
     def _output(self) -> Tensor:
         source = self.current
         height, width, channels = source.shape
         out: Tensor | None = None
-        for start, stop in self._strips(source.shape):
+        for start, stop in self._strips(source):
             rows = source.rows(start, stop)
             if out is None:
                 out = rows.new_empty(channels, height, width)
@@ -274,8 +275,10 @@ class _Run:
         self.workspace.used -= self.held
         self.held = 0
 
-    def _strips(self, shape: Shape) -> Iterator[tuple[int, int]]:
-        rows = self.strip_bytes // (shape.width * shape.channels * self.itemsize)
+    def _strips(self, source: Source) -> Iterator[tuple[int, int]]:
+        """(start, stop) of strips for which no map that is computed on the way becomes too large."""
+        shape = source.shape
+        rows = self.strip_bytes // (source.widest * self.itemsize)
         if self.positions is not None:
             rows = min(rows, self.positions // shape.width)
         rows = max(1, rows // 2 * 2)  # even, because upsampling doubles rows
