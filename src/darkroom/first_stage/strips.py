@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from darkroom.first_stage.maps import Shape, Source, StoredMap
 from darkroom.first_stage.operations import Attend, Convolution
 from darkroom.first_stage.quantizer import precise
+from darkroom.kernels import linear
 
 # Positions that are compared at once in attention: 4 MiB of float32 scores stay in the processor's cache.
 QUERIES, KEYS = 256, 4096
-# oneDNN's matrix product: torch gives F.linear to MKL, which on AMD processors reaches half its speed.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 class Statistics:
@@ -229,15 +228,15 @@ class Attended(Computed):
         step = max(1, KEYS // width)
         for start in range(0, height, step):
             x = source.rows(start, min(start + step, height)).flatten(0, 1)
-            self._keys.append(_linear(x, attend.k))
-            value = _product(_matrix(attend.v), x)
+            self._keys.append(_project(x, attend.k))
+            value = linear(_matrix(attend.v), x)
             self._values.append(value if attend.v.bias is None else value + attend.v.bias[:, None])
 
     def compute(self, start: int, stop: int) -> Tensor:
         x = self.source.rows(start, stop)
-        queries = _linear(x.flatten(0, 1), self._attend.q) * self.shape.channels**-0.5
+        queries = _project(x.flatten(0, 1), self._attend.q) * self.shape.channels**-0.5
         h = torch.cat([_softmax_average(q, self._keys, self._values) for q in queries.split(QUERIES)])
-        return _linear(h, self._attend.proj).view(x.shape)
+        return _project(h, self._attend.proj).view(x.shape)
 
     @property
     def widest(self) -> int:
@@ -252,11 +251,11 @@ def _softmax_average(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
     2018). The sums are at least float32."""
     most = total = result = None
     for k, v in zip(keys, values, strict=True):
-        scores = precise(_product(q, k))
+        scores = precise(linear(q, k))
         block_most = scores.amax(1, keepdim=True)
         new_most = block_most if most is None else torch.maximum(most, block_most)
         weights = scores.sub_(new_most).exp_()
-        block_total, block_result = weights.sum(1, keepdim=True), precise(_product(weights.to(v.dtype), v))
+        block_total, block_result = weights.sum(1, keepdim=True), precise(linear(weights.to(v.dtype), v))
         if most is None or total is None or result is None:
             total, result = block_total, block_result
         else:
@@ -268,17 +267,9 @@ def _softmax_average(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
     return result.div_(total).to(q.dtype)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """(M, C), (N, C) -> (M, N): a b^T."""
-    if _ONEDNN is None or a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
-        return F.linear(a, b)
-    return _ONEDNN(a, b, None, "none", [], "")
-
-
-def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def _project(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """(P, C) -> (P, C'): a 1x1 convolution."""
-    y = _product(x, _matrix(conv))
-    return y if conv.bias is None else y + conv.bias
+    return linear(x, _matrix(conv), conv.bias)
 
 
 def _matrix(conv: nn.Conv2d) -> Tensor:
