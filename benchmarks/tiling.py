@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, size: int, task: str, way: str, result:
         "whole": None,
         "exact": tiling.Tiling(options.tile, memory_gb=options.memory_gb, spill=spill),
         "exact-no-files": tiling.Tiling(options.tile, memory_gb=options.memory_gb, spill=False),
-        "blended": tiling.Tiling(options.tile, mode="blended"),
+        "blended": tiling.Tiling(min(options.tile, size // 2), mode="blended"),
     }[way]
     spilled = 0
     leave = maps.Workspace.__exit__
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["whole", "exact", "blended"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-gb", type=float, default=None, help="for maps and strips (default: the library's)")
-    parser.add_argument("--tile", type=int, default=512)
+    parser.add_argument("--tile", type=int, default=512, help="blended: at most half the image")
     parser.add_argument("--spill", type=Path, default=None, help="folder for files (default: the temporary folder)")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # size, task, way, file of the result
