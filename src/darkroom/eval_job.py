@@ -155,14 +155,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def write_evaluation(folder: Path, scores: FirstStageScores, name: str) -> None:
-    """scores.json, pictures.png and report.html, each whole or not at all."""
+    """pictures.png, report.html and last scores.json, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     record = scores.record
     picture = folder / "pictures.png"
     write_image(comparison(scores.images, scores.reconstructions), picture)
+    write_file(folder / "report.html", evaluation_page(record, picture, name).encode())
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_file(folder / "scores.json", text.encode())
-    write_file(folder / "report.html", evaluation_page(record, picture, name).encode())
 
 
 def comparison(images: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:
