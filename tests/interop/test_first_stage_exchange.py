@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 from official_files import diffusers_folder, golden, hollow_file, hollow_layout, layout, write_checkpoint
-from parity_data import case_names, make_input, weights
+from parity_data import case_names, load_case, make_input, weights
 from torch import Tensor
 
 import darkroom
@@ -416,6 +417,32 @@ def test_damaged_and_other_files(tmp_path: Path, refused: Callable[..., str]) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_changed_names_and_shapes_never_escape(tmp_path: Path) -> None:
+    """Names cut, renumbered, repeated; axes dropped, added, changed: found as something else, or one line."""
+    rng = random.Random(0)
+    whole = {name: list(shape) for name, shape in load_case("autoencoder_vq", "vq_f4").spec["layout"].items()}
+    for _ in range(40):
+        shapes = dict(whole)
+        for _ in range(rng.choice([1, 2, 20])):
+            name = rng.choice(list(shapes))
+            shape = shapes.pop(name)
+            new = [
+                {},
+                {name: shape[:-1]},
+                {name: [*shape, rng.choice([0, 1, 2])]},
+                {name: [rng.choice([0, 1, 64, 2**31]), 0]},
+                {name.replace("0", "9999").replace("1", "12345"): shape},
+                {name[: rng.randrange(len(name))]: shape},
+                {name: shape, f"{name}.0.weight": [1, 1]},
+            ]
+            shapes |= rng.choice(new)
+        path = hollow_file(tmp_path / "changed.safetensors", shapes)
+        try:
+            find_first_stage(path)
+        except DarkroomError as error:
+            assert "\n" not in str(error), error
+
+
 @pytest.mark.parametrize(
     ("words", "changed"),
     [
@@ -431,6 +458,7 @@ def test_damaged_and_other_files(tmp_path: Path, refused: Callable[..., str]) ->
         ('"latent_channels" is 0', {"latent_channels": 0}),
         ("4 tensors missing", {"latent_channels": 4, "block_out_channels": [128, 256, 512, 256]}),
         ("of another shape", {"in_channels": 1}),
+        ("holds 248 tensors, too few", {"layers_per_block": 1_000_000}),
     ],
 )
 def test_configs_of_diffusers_that_we_cannot_honour(words: str, changed: dict[str, Any], tmp_path: Path) -> None:

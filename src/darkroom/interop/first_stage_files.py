@@ -176,8 +176,10 @@ def _with_config(path: Path, folder: Path, weights: Path | None, inside: str | N
         if weights is None:
             raise DarkroomError(f"{folder} holds no weights; {' or '.join(diffusers.WEIGHT_FILES[::2])} is needed")
     file = open_tensor_file(weights)
-    shapes = expected_shapes(config, folder / CONFIG)
     levels = len(config["channel_mult"])
+    if levels * config["num_res_blocks"] > len(file.shapes):  # before so many layers are made
+        raise DarkroomError(f"{weights} holds {len(file.shapes)} tensors, too few for {where}")
+    shapes = expected_shapes(config, folder / CONFIG)
     ours = _our_names(file.shapes, levels)
     names = {new: ours.get(new) or diffusers.to_theirs(new, levels) for new in shapes}
     left_out = _account(file, config, shapes, names, "", set(names.values()))
