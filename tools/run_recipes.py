@@ -53,11 +53,18 @@ def run(name: str, path: Path, work: Path, stand_in: Path) -> str:
         overrides["data.exclude"] = {}
     if settings.get("perceptual"):
         overrides |= {"perceptual.steps": STEPS, "perceptual.batch_size": 4}
-    if settings.get("steps") == 0:  # a recipe that only fine-tunes a first stage
+    given: dict[str, str] = {}
+    trained = (settings.get("first_stage") or {}).get("train")
+    if settings.get("steps") == 0:  # a first stage alone, or something for a given one
         overrides["steps"] = 0
-        overrides["first_stage.train.init_from"] = str(work / "shapes" / "model")
+        if trained and trained.get("autoencoder") is None:
+            given["init_from"] = "emoji"
+    if settings.get("preview"):
+        overrides |= {f"preview.{key}": FEW[key] for key in FEW if "." not in key}
+        if not settings.get("first_stage"):
+            given["first_stage"] = "emoji"
     resolve(merge(settings, {}))  # read strictly before anything is changed
-    result = train(path, work / name, data=data, overrides=overrides, quiet=True)
+    result = train(path, work / name, data=data, overrides=overrides, quiet=True, **given)
     index = "config.json" if settings.get("perceptual") else "darkroom.json"
     assert result.model is not None and (result.model / index).is_file()
     return word
