@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ from darkroom.safe_files import (
 )
 
 __all__ = ["bundled", "load", "load_first_stage", "save", "select_device", "select_dtype"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _BUILD: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "first_stage": build_first_stage,
@@ -107,7 +109,7 @@ def load(
         found = find_first_stage(path)
         if found is None or found.inside:
             refuse_official(path, found)
-        return build_found(found, weights).to(on).eval()
+        return _ready(build_found(found, weights), on)
     index = read_index(path)
     if weights == "live" and not any((place / WEIGHTS["live"]).is_file() for place in index.parts.values()):
         raise DarkroomError(f'{path} holds no live weights; use weights="ema"')
@@ -120,11 +122,11 @@ def load(
             _attach_preview(first_stage, parts["preview"], index)
     if index.kind == "first_stage":
         assert isinstance(first_stage, FirstStage)
-        return first_stage.to(on).eval()
+        return _ready(first_stage, on)
     info = index.info | {"sha256": index.sha256, "path": str(path), "weights": weights}
     model = LatentDiffusion(first_stage, parts["denoiser"], parts["conditioner"], info)
     model.denoiser.network.to(precision)
-    return model.to(on).eval()
+    return _ready(model, on)
 
 
 def load_first_stage(
@@ -150,10 +152,16 @@ def load_first_stage(
         on, found = select_device(device), find_first_stage(path)
         if found is None:
             refuse_official(path, found)
-        first_stage = build_found(found, weights).to(on).eval()
+        first_stage = _ready(build_found(found, weights), on)
     if shift is not None or scale is not None:
         set_latents(first_stage, shift, scale)
     return first_stage
+
+
+def _ready(module: Module, on: torch.device) -> Module:
+    """In eval mode on its device; on a CPU in the memory layout in which convolutions are fast there."""
+    module.to(on).eval()
+    return module.to(memory_format=torch.channels_last) if on.type == "cpu" else module  # type: ignore[call-overload]
 
 
 def build_found(found: FoundFirstStage, weights: str = "ema") -> FirstStage:

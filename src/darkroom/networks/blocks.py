@@ -98,7 +98,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`size`: the wanted (H, W) where it is not exactly the double, as after halving an odd size."""
-        x = F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
+        double = (2 * x.shape[2], 2 * x.shape[3])
+        if self.conv is not None and (size is None or tuple(size) == double):
+            return kernels.upsample_conv(x, self.conv)
+        x = F.interpolate(x, size=size or double, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
 
