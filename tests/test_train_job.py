@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import darkroom
 from darkroom.data.sources import open_dataset
 from darkroom.errors import DarkroomError
+from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.plan import Planner, describe_plan, fit_minutes
 from darkroom.recipe_source import found_at, new_recipe
 from darkroom.train_job import _Job, train
@@ -316,7 +317,11 @@ def test_a_model_of_pixels_trains_and_generates(tmp_path: Path, capfd: pytest.Ca
 
     overrides = {"first_stage.train": None, "steps": 3, "evaluate.samples": 2}
     folder = train("shapes-tiny", tmp_path / "run", overrides=overrides, quiet=True).model
-    assert folder is not None and darkroom.load(folder).first_stage is None
+    assert folder is not None
+    first_stage = darkroom.load(folder).first_stage
+    assert isinstance(first_stage.autoencoder, IdentityAutoencoder) and first_stage.downsampling == 1
+    assert float(first_stage.shift) == 0 and float(first_stage.scale) == 1
+    assert json.loads((folder / "first_stage" / "config.json").read_text())["kind"] == "identity"
     arguments = ["generate", "a red circle", "-m", str(folder), "--steps", "2", "-o", str(tmp_path / "a.png")]
     assert main(arguments) == 0, capfd.readouterr().err
     with Image.open(tmp_path / "a.png") as image:

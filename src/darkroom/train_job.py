@@ -153,8 +153,9 @@ def train(
         if minutes is not None:
             raise DarkroomError("a perceptual network is trained for a number of steps: --set perceptual.steps=N")
         place = select_device(device)
-        options = {"resume": resume, "device": place, "world": world, "quiet": quiet, "dry_run": dry_run}
-        summary = train_perceptual(recipe, folder, **options)
+        summary = train_perceptual(
+            recipe, folder, resume=resume, device=place, world=world, quiet=quiet, dry_run=dry_run
+        )
         done = None if dry_run or summary["interrupted"] else folder / "model"
         return Run(folder, done, None, summary)
     job = _Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
