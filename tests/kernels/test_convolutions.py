@@ -135,6 +135,12 @@ def test_other_precisions_and_paddings_are_plain(always_fast: None) -> None:
         torch.testing.assert_close(upsample_conv(x, conv), conv(image), atol=1e-5, rtol=0)
 
 
+def test_the_method_does_not_depend_on_the_batch() -> None:
+    conv = Conv3x3(128, 128)
+    one, many = (torch.empty(b, 128, 32, 32).contiguous(memory_format=LAST) for b in (1, 16))
+    assert convolutions.winograd_is_faster(one, conv.weight) == convolutions.winograd_is_faster(many, conv.weight)
+
+
 def test_the_weights_are_those_of_a_plain_convolution() -> None:
     """Same names, same draws: files and seeds keep their meaning."""
     for make, make_plain in (

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from darkroom.kernels.products import linear
 
 # Winograd's method is faster from this width on (below, its transforms cost more than it saves), and for this many
-# positions (below, the transform of the weights does).
+# positions (below, the transform of the weights does): of one image, so that an image does not depend on its batch.
 _WINOGRAD_CHANNELS = 128
 _WINOGRAD_POSITIONS = 2048
 # Elements of the transformed rows that are worked on at once: they stay in a processor's cache.
@@ -70,8 +70,9 @@ def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     the outputs of each parity (even or odd row, even or odd column) are a 2x2 convolution of the small map, whose
     weights are sums of the given ones.
     """
-    few = x.shape[0] * x.shape[2] * x.shape[3] < _UPSAMPLE_POSITIONS
-    if few or conv.padding_mode != "zeros" or not _fast_on(x, conv.weight):
+    # In inference an image must not depend on its batch.
+    positions = (x.shape[0] if torch.is_grad_enabled() else 1) * x.shape[2] * x.shape[3]
+    if positions < _UPSAMPLE_POSITIONS or conv.padding_mode != "zeros" or not _fast_on(x, conv.weight):
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     if torch.is_grad_enabled():
         return _UpsampleConv.apply(x, conv.weight, conv.bias)
@@ -151,8 +152,8 @@ _TAPS = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 
 
 def winograd_is_faster(x: Tensor, weight: Tensor) -> bool:
-    positions = x.shape[0] * x.shape[2] * x.shape[3]
-    return _fast_on(x, weight) and min(weight.shape[:2]) >= _WINOGRAD_CHANNELS and positions >= _WINOGRAD_POSITIONS
+    large = x.shape[2] * x.shape[3] >= _WINOGRAD_POSITIONS
+    return large and min(weight.shape[:2]) >= _WINOGRAD_CHANNELS and _fast_on(x, weight)
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
