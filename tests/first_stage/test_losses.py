@@ -86,3 +86,17 @@ def test_group_norm_makes_logits_independent_of_the_batch() -> None:
     model = Discriminator(3, 8, 2, norm="group").train()
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]), atol=1e-6, rtol=1e-5)
+
+
+def test_chroma_weight_leaves_brightness_and_multiplies_the_rest() -> None:
+    """d = m + r with m the mean over channels: d^2 becomes (m + w r)^2, and a grey error stays what it was."""
+    grey = torch.full((1, 3, 2, 2), 0.5)
+    nothing = torch.zeros_like(grey)
+    assert reconstruction_error(grey, nothing, "l2", chroma_weight=3.0).equal(grey.square())
+    coloured = torch.tensor([0.6, 0.0, -0.6]).view(1, 3, 1, 1)
+    error = reconstruction_error(coloured, torch.zeros_like(coloured), "l1", chroma_weight=3.0)
+    torch.testing.assert_close(error, 3.0 * coloured.abs())
+    both = coloured + 0.1
+    squared = reconstruction_error(both, torch.zeros_like(both), "l2", chroma_weight=2.0)
+    assert squared.flatten().tolist() == pytest.approx([1.3**2, 0.1**2, 1.1**2])
+    assert reconstruction_error(both, torch.zeros_like(both), "l1").equal(both.abs())

@@ -20,9 +20,14 @@ ReconstructionKind = Literal["l1", "l2"]
 DiscriminatorLossKind = Literal["hinge", "vanilla"]
 
 
-def reconstruction_error(image: Tensor, reconstruction: Tensor, kind: ReconstructionKind = "l1") -> Tensor:
-    """(B, C, H, W): |x - y| or (x - y)^2."""
+def reconstruction_error(
+    image: Tensor, reconstruction: Tensor, kind: ReconstructionKind = "l1", chroma_weight: float = 1.0
+) -> Tensor:
+    """(B, C, H, W): |d| or d^2 of d = x - y; with m the mean of d over the channels, m + chroma_weight * (d - m)."""
     difference = image - reconstruction
+    if chroma_weight != 1.0:
+        brightness = difference.mean(1, keepdim=True)
+        difference = brightness + chroma_weight * (difference - brightness)
     return difference.abs() if kind == "l1" else difference.square()
 
 

@@ -53,6 +53,8 @@ class FirstStageTrainConfig:
     """What the first stage is trained for. The KL weight is the official one: all terms are sums over an image."""
 
     reconstruction: ReconstructionKind = "l1"
+    chroma_weight: float = 1.0  # of an error's part that differs between the channels: most of a photo's variance is
+    # brightness, and a short run with 1 (the paper's) may end before it has learned all colours
     learn_log_variance: bool = False  # of the reconstruction's likelihood; it starts at `log_variance`
     log_variance: float = 0.0
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else our own network
@@ -271,7 +273,7 @@ class AutoencoderPhase(nn.Module):
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
         with torch.autocast(image.device.type, enabled=False):
-            error = reconstruction_error(precise(image), leaf, config.reconstruction)
+            error = reconstruction_error(precise(image), leaf, config.reconstruction, config.chroma_weight)
             metrics = {"reconstruction": error.detach().mean()}
             if distance is not None:
                 metrics["perceptual"] = distance.detach().mean()
