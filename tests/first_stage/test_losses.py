@@ -92,11 +92,11 @@ def test_chroma_weight_leaves_brightness_and_multiplies_the_rest() -> None:
     """d = m + r with m the mean over channels: d^2 becomes (m + w r)^2, and a grey error stays what it was."""
     grey = torch.full((1, 3, 2, 2), 0.5)
     nothing = torch.zeros_like(grey)
-    assert reconstruction_error(grey, nothing, "l2", chroma_weight=3.0).equal(grey.square())
+    assert losses.reconstruction_error(grey, nothing, "l2", chroma_weight=3.0).equal(grey.square())
     coloured = torch.tensor([0.6, 0.0, -0.6]).view(1, 3, 1, 1)
-    error = reconstruction_error(coloured, torch.zeros_like(coloured), "l1", chroma_weight=3.0)
+    error = losses.reconstruction_error(coloured, torch.zeros_like(coloured), "l1", chroma_weight=3.0)
     torch.testing.assert_close(error, 3.0 * coloured.abs())
     both = coloured + 0.1
-    squared = reconstruction_error(both, torch.zeros_like(both), "l2", chroma_weight=2.0)
+    squared = losses.reconstruction_error(both, torch.zeros_like(both), "l2", chroma_weight=2.0)
     assert squared.flatten().tolist() == pytest.approx([1.3**2, 0.1**2, 1.1**2])
-    assert reconstruction_error(both, torch.zeros_like(both), "l1").equal(both.abs())
+    assert losses.reconstruction_error(both, torch.zeros_like(both), "l1").equal(both.abs())
