@@ -99,7 +99,9 @@ def test_shift_and_scale_are_saved_with_the_weights(kind: Any) -> None:
 def test_facts_and_bad_input() -> None:
     first_stage, _ = make()
     assert (first_stage.downsampling, first_stage.latent_channels, first_stage.image_channels) == (2, 2, 3)
-    with pytest.raises(DarkroomError, match="6x6 or 8x6"):
-        first_stage.encode(torch.zeros(1, 3, 6, 7))
+    with pytest.raises(DarkroomError, match="6x6 or 8x6"):  # FirstStage pads, the autoencoder does not
+        first_stage.autoencoder.encode(torch.zeros(1, 3, 6, 7))
+    with pytest.raises(DarkroomError, match=r"takes images of shape \(batch, 3"):
+        first_stage.encode(torch.zeros(1, 4, 6, 7))
     with pytest.raises(DarkroomError, match="scale has shape"):
         FirstStage(first_stage.autoencoder, scale=torch.ones(5))
