@@ -1,6 +1,7 @@
 """`darkroom eval --first-stage`: a model and images in, scores, pictures and a page out.
 
-load the first stage -> open the images at its pixel format -> score -> scores.json, pictures.png, report.html
+load the first stage -> open the images at its pixel format -> score
+-> scores.json, pictures.png, flat-colours.png, report.html
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from darkroom.data.records import read_parts
 from darkroom.data.sources import SYNTHETIC, DataConfig, ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.evaluation.first_stage import FirstStageScores, evaluate_first_stage
+from darkroom.first_stage.artefacts import FlatColourResult, flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.model_folder import find_source, is_model_folder, read_index
 from darkroom.model_io import load_first_stage, select_device
@@ -85,7 +87,7 @@ def evaluate(
         facts={"model": name, "hardware": hardware(first_stage.device)},
         report=progress,
     )
-    write_evaluation(folder, scores, name)
+    write_evaluation(folder, scores, name, flat_colour_test(first_stage))
     return Evaluation(folder, scores)
 
 
@@ -154,13 +156,13 @@ def _check_folder(folder: Path) -> None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_evaluation(folder: Path, scores: FirstStageScores, name: str) -> None:
-    """pictures.png, report.html and last scores.json, each whole or not at all."""
+def write_evaluation(folder: Path, scores: FirstStageScores, name: str, flat: FlatColourResult) -> None:
+    """pictures.png, flat-colours.png, report.html and last scores.json, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = scores.record
-    picture = folder / "pictures.png"
-    write_image(comparison(scores.images, scores.reconstructions), picture)
-    write_file(folder / "report.html", evaluation_page(record, picture, name).encode())
+    record = scores.record | {"flat_colours": flat.as_dict()}
+    write_image(comparison(scores.images, scores.reconstructions), folder / "pictures.png")
+    write_image(image_grid(displayed(flat.picture), columns=len(flat.picture)), folder / "flat-colours.png")
+    write_file(folder / "report.html", evaluation_page(record, folder, name).encode())
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_file(folder / "scores.json", text.encode())
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from darkroom.report import html_page, image_tag, notes_box, page_head
+from darkroom.report import flat_colours, html_page, image_tag, notes_box, page_head
 from darkroom.report_charts import Series, line_chart
 from darkroom.report_tables import flatten, grid_table, is_number, table
 
@@ -46,8 +46,9 @@ def meaning(name: str) -> str:
     return MEANING.get(name, "perceptual distance, 0 is equal")
 
 
-def evaluation_page(record: Mapping[str, Any], picture: Path, name: str) -> str:
-    """One first stage: scores, what to beware of, pictures, each source alone, latents, protocol."""
+def evaluation_page(record: Mapping[str, Any], folder: Path, name: str) -> str:
+    """One first stage: scores, what to beware of, pictures, each source alone, flat colours, latents, protocol.
+    The pictures are those in `folder`."""
     scores, protocol = record["scores"], record["protocol"]
     facts = protocol["first_stage"]
     kind = "KL" if facts["codes"] is None else f"VQ with {facts['codes']:,} codes"
@@ -69,7 +70,8 @@ def evaluation_page(record: Mapping[str, Any], picture: Path, name: str) -> str:
     shown = (
         '<h2>Pictures</h2><p class="lead">Rows: held-out pictures, their reconstructions, the errors '
         f'(mean over channels, black is none, white a quarter of the range or more).</p><figure class="sheet">'
-        f"{image_tag(picture, 'Pictures, reconstructions, errors')}</figure>"
+        f"{image_tag(folder / 'pictures.png', 'Pictures, reconstructions, errors')}</figure>"
+        f"{flat_colours(record.get('flat_colours'), folder / 'flat-colours.png')}"
     )
     statistics = (
         '<h2>Latents</h2><p class="lead">Of the normalised latents of these images, by channel: 0 and 1 if they are '

@@ -27,6 +27,7 @@ from darkroom.data.sources import ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.eval_job import displayed, open_images, write_evaluation
 from darkroom.evaluation.first_stage import evaluate_first_stage
+from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.model_io import load_first_stage, select_device
 from darkroom.recipe_source import resumed_recipe
@@ -213,7 +214,8 @@ def _score(
     folder.mkdir(exist_ok=True)
     for name, images in (("originals", scores.images), ("reconstructions", scores.reconstructions)):
         write_image(image_grid(list(displayed(images)), columns=len(images)), folder / f"{name}.png")
-    write_evaluation(folder, scores, row)  # its scores.json last: with it the row is done
+    # Its scores.json comes last: with it the row is done.
+    write_evaluation(folder, scores, row, flat_colour_test(first_stage))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

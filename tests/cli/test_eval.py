@@ -60,12 +60,22 @@ def test_eval_writes_scores_pictures_and_a_page(run: Run, models: Path, tmp_path
         "rFD-darkroom",
         "Before you trust it",
         "Latents",
+        "Flat colours",
         "Protocol",
         "data:image",
         record["protocol"]["crop"],
     ):
         assert words in page
     assert str(tmp_path) not in page and str(tmp_path) not in json.dumps(record)
+    assert {c["name"] for c in record["flat_colours"]["colours"]} >= {"black", "grey", "white"}
+    assert (tmp_path / "scores" / "flat-colours.png").is_file()
+
+
+def test_eval_takes_sizes_that_are_no_multiples_of_f(run: Run, models: Path, tmp_path: Path) -> None:
+    data = pictures(tmp_path / "photos", 2)
+    status, _, error = run("eval", "--first-stage", models / "fs", data, "--size", "35x33", "-o", "odd")
+    assert status == 0, error
+    assert json.loads((tmp_path / "odd" / "scores.json").read_text())["protocol"]["data"]["photos"]["size"] == [35, 33]
 
 
 def test_eval_takes_several_sources_and_parts_of_models(run: Run, models: Path, tmp_path: Path) -> None:

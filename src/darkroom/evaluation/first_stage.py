@@ -176,11 +176,12 @@ def evaluate_first_stage(
     for name, numbers, image in _batches(sets, chosen, batch_size):
         original = image.to(device)
         pixels = image.shape[0] * image.shape[2] * image.shape[3]
+        size = (image.shape[3], image.shape[2])
         if not warm:  # the first run of a shape also prepares its kernels
-            first_stage.decode(first_stage.encode(original).mode())
+            first_stage.decode(first_stage.encode(original).mode(), size=size)
             warm = True
         latent = encoding.time(lambda x=original: first_stage.encode(x).mode(), pixels)  # type: ignore[misc]
-        decoded = decoding.time(lambda z=latent: first_stage.decode(z), pixels)  # type: ignore[misc]
+        decoded = decoding.time(lambda z=latent, s=size: first_stage.decode(z, size=s), pixels)  # type: ignore[misc]
         decoded = decoded.float().clamp(-1.0, 1.0)
         if not bool(torch.isfinite(decoded).all()):
             raise DarkroomError("the first stage gives values that are not finite; its weights are damaged")
