@@ -96,6 +96,8 @@ def test_what_cannot_be_trained(given: Path, tmp_path: Path) -> None:
         with pytest.raises(DarkroomError, match=message):
             train("preview", tmp_path / "run", first_stage=given, overrides=SHORT | changes, quiet=True)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    with pytest.raises(DarkroomError, match="needs a given first stage"):  # before anything is trained
+        train("preview", tmp_path / "run", overrides=SHORT | {"preview.install": True}, quiet=True)
     with pytest.raises(DarkroomError, match=r"preview\.steps=N"):
         train("preview", tmp_path / "run", first_stage=given, overrides=SHORT, minutes=1, quiet=True)
 

@@ -326,6 +326,8 @@ def test_a_model_of_pixels_trains_and_generates(tmp_path: Path, capfd: pytest.Ca
     assert main(arguments) == 0, capfd.readouterr().err
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (32, 32) and image.mode == "RGB"
+    assert main(["info", str(folder)]) == 0
+    assert "first stage: identity, 3 channels" in capfd.readouterr().out
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
@@ -387,6 +389,7 @@ def test_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
         ({"source": "shapes-tiny", "overrides": {"conditioner.text.field": "words"}}, "'words'"),
         ({"source": "shapes-tiny", "overrides": {"objective.loss_weighting": "vlb"}}, "vlb"),
         ({"source": None}, "nothing to train on"),
+        ({"source": "shapes-tiny", "overrides": {"steps": 0, "first_stage.train": None}}, "nothing to do"),
         ({"source": None, "resume": True}, "no run to resume"),
         (
             {"source": "shapes-tiny", "first_stage": "missing-model", "overrides": {"first_stage.train": None}},

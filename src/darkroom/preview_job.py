@@ -111,13 +111,8 @@ def preview_stage(job: _Job, first_stage: FirstStage, resume: bool) -> tuple[Loo
         f"preview decoder: {reached['parameters']:,.0f} parameters, {reached['decibels_lost']:.2f} dB below the full "
         f"decoder, {reached['times_faster']:.1f} times as fast"
     )
-    choice = job.recipe.first_stage
-    if config.install and job.world.is_main:
-        place = choice.name or choice.path
-        if place is None:
-            raise DarkroomError(
-                '"preview.install" needs a given first stage: it is trained here and saved with it anyway'
-            )
+    place = job.recipe.first_stage.name or job.recipe.first_stage.path
+    if config.install and place is not None and job.world.is_main:
         job.say(f"installed in {install_preview(preview, place)}")
     return result, reached
 

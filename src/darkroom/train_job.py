@@ -158,6 +158,9 @@ def train(
         )
         done = None if dry_run or summary["interrupted"] else folder / "model"
         return Run(folder, done, None, summary)
+    choice = recipe.first_stage
+    if recipe.steps == 0 and choice.train is None and choice.name is None and choice.path is None:
+        raise DarkroomError('"steps" is 0 and there is no first stage to train: nothing to do')
     job = _Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
         job.say("timing a few steps of each stage")
@@ -276,10 +279,8 @@ class _Job:
             write_image(image_grid(to_uint8(found.picture), columns=len(found.picture)), path)
         return found.as_dict()
 
-    def _finish_first_stage(self, first_stage: FirstStage | None, summary: dict[str, Any]) -> Run:
+    def _finish_first_stage(self, first_stage: FirstStage, summary: dict[str, Any]) -> Run:
         """The end of a recipe with `steps: 0`: the first stage is the model."""
-        if first_stage is None:
-            raise DarkroomError('"steps" is 0 and there is no first stage to train: nothing to do')
         if not self.world.is_main:
             return Run(self.folder, None, None, summary)
         config = self.recipe.first_stage.train

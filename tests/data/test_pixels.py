@@ -165,6 +165,8 @@ def test_channels_are_converted_by_the_rule() -> None:
     half = np.array([[[65535, 32768]]], np.uint16)  # white, half transparent, over black
     assert decode(image_bytes(half, ".png"), None, 1, UINT16, "black")[0].item() == 32768
     assert decode(image_bytes(half, ".png"), None, 2, UINT16)[0].ravel().tolist() == [65535, 32768]
+    as_numbers = decode(image_bytes(half, ".png"), None, 1, ANY_FLOAT, "black")[0]
+    assert as_numbers.item() == pytest.approx(32768)  # the numbers of the file, hence its white and its opacity
 
 
 def test_resizing_keeps_what_eight_bits_lose() -> None:

@@ -11,8 +11,6 @@ import click
 
 from darkroom.errors import DarkroomError
 
-_PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
 
 @click.command(short_help="Look inside a file.")
 @click.argument("source", metavar="MODEL|FILE|PNG")
@@ -28,10 +26,11 @@ def info(source: str, as_json: bool) -> None:
       darkroom info model.safetensors
       darkroom info picture.png
     """
+    from darkroom.interop.tensor_file import is_weight_file
     from darkroom.model_folder import find_source
 
     path = Path(source).expanduser()
-    if path.is_file() and not _is_weight_file(path):
+    if path.is_file() and not is_weight_file(path):
         facts = _image(path)
     else:
         place = find_source(source)
@@ -41,10 +40,6 @@ def info(source: str, as_json: bool) -> None:
     else:
         for line in _lines(facts):
             click.echo(line)
-
-
-def _is_weight_file(path: Path) -> bool:
-    return path.suffix.lower() in (".safetensors", *_PICKLED)
 
 
 def _image(path: Path) -> dict[str, Any]:
@@ -197,8 +192,11 @@ def _latent_lines(latents: dict[str, list[float]]) -> list[str]:
 
 def _part_kind(part: str, config: dict[str, Any]) -> str:
     if part == "first_stage":
-        factor = 2 ** (len(config.get("channel_mult", [0])) - 1)
-        return f"f {factor}, {config.get('embed_dim')} latent channels, "
+        if config.get("kind") == "identity":
+            return f"identity, {config.get('channels')} channels, "
+        factor, codes = 2 ** (len(config.get("channel_mult", [0])) - 1), config.get("codebook_size")
+        kind = f"f {factor}, {config.get('embed_dim')} latent channels, "
+        return kind if codes is None else f"{kind}{codes} codes, "
     if part == "preview":
         return f"a decoder for live previews, f {config.get('downsampling')}, "
     if part == "denoiser":

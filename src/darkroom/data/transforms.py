@@ -14,7 +14,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from darkroom.data.image_files import Samples, is_array_file, read_samples
 from darkroom.errors import DarkroomError
-from darkroom.pixel_format import PixelFormat
+from darkroom.pixel_format import LIMITS, PixelFormat
 
 RULE = """\
 1. Rotate and mirror as the EXIF orientation says.
@@ -103,7 +103,8 @@ def convert(samples: Samples, channels: int, pixels: PixelFormat, background: st
     """Steps 2 to 4 of RULE at full depth: (H, W, C) in the type of the format."""
     values = _as_type(samples.values, pixels.dtype)
     if samples.alpha and channels in (1, 3):
-        values = _composite(values, background)
+        top = LIMITS.get(str(samples.values.dtype if pixels.dtype == "float32" else values.dtype), 1)
+        values = _composite(values, background, top)
     count = values.shape[2]
     if count == 1 and channels == 3:
         values = np.repeat(values, 3, axis=2)
@@ -136,9 +137,9 @@ def _as_type(values: np.ndarray, dtype: str) -> np.ndarray:
     return ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _composite(values: np.ndarray, background: str) -> np.ndarray:
-    """Step 3 of RULE: the channels before the last, which is opacity, over the background colour."""
-    top = {"uint8": 255.0, "uint16": 65535.0}.get(str(values.dtype), 1.0)
+def _composite(values: np.ndarray, background: str, top: float) -> np.ndarray:
+    """Step 3 of RULE: the channels before the last, which is opacity, over the background colour. `top` is what is
+    white and opaque: of the file's type where numbers are taken as they are, 1 in floating-point files."""
     opacity = np.clip(values[..., -1:].astype(np.float64) / top, 0, 1)
     colour = np.array(ImageColor.getrgb(background)[:3]) / 255 * top
     if values.shape[2] == 2:

@@ -178,7 +178,8 @@ class Likelihood(nn.Module):
 
 
 class CodeUse(nn.Module):
-    """How often each code was chosen since dead codes were last looked for, on this process. Saved with checkpoints."""
+    """How often each code was chosen since dead codes were last looked for, by all processes together: each of them
+    resumes from the checkpoint of the first one."""
 
     counts: Tensor
 
@@ -305,7 +306,7 @@ class AutoencoderPhase(nn.Module):
                 metrics |= {"codebook": movement.detach(), "perplexity": perplexity(counts)}
                 metrics["codes_used"] = (counts > 0).float().mean()
                 if self._frozen.code_use is not None:
-                    self._frozen.code_use.counts += counts.to(self._frozen.code_use.counts.device)
+                    self._frozen.code_use.counts += _over_processes(counts).to(self._frozen.code_use.counts.device)
             if config.learn_log_variance:
                 learned = reconstruction_nll(error.detach(), log_variance) * unit
                 loss = loss + (learned - learned.detach())
@@ -314,20 +315,16 @@ class AutoencoderPhase(nn.Module):
 
     @torch.no_grad()
     def _revive(self, image: Tensor, train_step: int, generator: torch.Generator) -> None:
-        """Dead codes begin again on latents of this batch. Several processes count together, and take the codes that
-        the first one chose."""
+        """Dead codes begin again on latents of this batch. Several processes take the first one's choice."""
         codebook, use = self.autoencoder.codebook, self._frozen.code_use
         assert codebook is not None and use is not None
         if train_step == self._revived_at:  # a later micro-batch of the step
             return
         self._revived_at = train_step
-        counts = torch.zeros_like(use.counts) if train_step == self.config.quantize_start else use.counts.clone()
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if several:
-            torch.distributed.all_reduce(counts)
+        counts = torch.zeros_like(use.counts) if train_step == self.config.quantize_start else use.counts
         z = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last)).mean
         revive_codes(codebook, counts, z, generator)
-        if several:
+        if _several_processes():
             torch.distributed.broadcast(codebook.embedding.weight, 0)
         use.counts.zero_()
 
@@ -340,10 +337,21 @@ class AutoencoderPhase(nn.Module):
             for g in (gradient, adversarial_gradient)
         ]
         gradients = precise(torch.stack(both))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradients)
+        gradients = _over_processes(gradients)
+        if _several_processes():
             gradients /= torch.distributed.get_world_size()
         return adaptive_weight(gradients[0], gradients[1])
+
+
+def _several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    """The sum of what every process gives, on all of them."""
+    if _several_processes():
+        torch.distributed.all_reduce(values)
+    return values
 
 
 class DiscriminatorPhase(nn.Module):

@@ -113,6 +113,14 @@ class Recipe(LoopConfig):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     expect: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.first_stage.name or self.first_stage.path
+        if self.preview is not None and self.preview.install and given is None:
+            raise DarkroomError(
+                '"preview.install" needs a given first stage: one that is trained here is saved with its preview anyway'
+            )
+
 
 def recipe_names() -> dict[str, Path]:
     """The shipped recipes by name."""
