@@ -92,3 +92,13 @@ def test_no_gradient_through_the_gradient() -> None:
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_large_maps_keep_their_digits() -> None:
+    """A plain float32 sum over 256x256 positions would be wrong by some 1e-5."""
+    layer = nn.GroupNorm(2, 8, eps=1e-6)
+    x = torch.randn(1, 8, 256, 256, generator=torch.Generator().manual_seed(0)) * 1.3 + 0.4
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = F.group_norm(x.double(), 2, eps=1e-6)
+        assert float((norm(layer, x) - expected).abs().max()) < 3e-6
