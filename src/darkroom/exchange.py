@@ -21,6 +21,7 @@ from darkroom.interop.first_stage_files import (
     in_darkroom_folder,
     is_former_export,
     plain_config,
+    refuse_inexpressible,
     write_compvis,
     write_diffusers,
 )
@@ -111,6 +112,8 @@ def convert(
     wanted = replace(
         found, shift=found.shift if shift is None else shift, scale=found.scale if scale is None else scale
     )
+    if to != "darkroom":
+        refuse_inexpressible(to, wanted.config, wanted.shift, wanted.scale)
     progress(1)
     if to == "darkroom":
         written = _to_darkroom(wanted, place, weights)

@@ -95,6 +95,31 @@ def test_ctrl_c_while_torch_is_at_work() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_sigterm_leaves_no_half_written_folder(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+from darkroom.safe_files import new_folder
+def stop():
+    with new_folder(sys.argv[1]) as temporary:
+        (temporary / "half").write_text("x")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # the second one does not stop the clean-up
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code + raising("stop()"), str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 143 and "Traceback" not in ended.stderr and "darkroom: terminated" in ended.stderr
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_closed_pipe_is_no_stack_trace(tmp_path: Path) -> None:
     command = f"{sys.executable} -m darkroom --help | (exec 0<&-; sleep 1)"
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=tmp_path)

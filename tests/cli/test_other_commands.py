@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from darkroom.build import build_first_stage
 from darkroom.cli.train import parse_overrides, run_name
 from darkroom.data.sources import DataConfig, ShapesDataset, open_dataset
 from darkroom.errors import DarkroomError
-from darkroom.model_io import load
+from darkroom.model_io import load, save
 from darkroom.safe_files import write_safetensors
 
 # --- train
@@ -194,6 +195,25 @@ def test_info_of_models(run: Any, models: Path, tmp_path: Path) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "CHANGED since it was saved: denoiser/model.safetensors" in run("info", "changed")[1]
+
+
+SMALL = {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "embed_dim": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"kind": "identity", "channels": 2}, "first stage: identity, 2 channels, "),
+        (SMALL | {"codebook_size": 9}, "first stage: VQ with 9 codes, f 2, 3 latent channels, "),
+        (SMALL, "first stage: KL, f 2, 3 latent channels, "),
+    ],
+)
+def test_info_says_the_kind_of_first_stage(run: Any, tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    save(build_first_stage(config), tmp_path / "fs")
+    assert words in run("info", "fs")[1]
+    file = tmp_path / "fs" / "first_stage" / "config.json"
+    file.write_text(json.dumps(config))  # as older versions wrote it, or by hand
+    assert words in run("info", "fs")[1]
 
 
 def test_info_of_files(run: Any, refused: Callable[..., str], models: Path, tmp_path: Path) -> None:

@@ -255,6 +255,40 @@ def test_our_own_in_the_official_layout_keep_their_scale(suffix: str, tmp_path: 
         assert all(torch.equal(theirs[key], value) for key, value in first_stage.autoencoder.state_dict().items())
 
 
+@pytest.mark.parametrize("place", ["vae", "fs.safetensors", "fs.ckpt"])
+def test_models_whose_config_leaves_defaults_out(place: str, tmp_path: Path) -> None:
+    first_stage = own_first_stage(channels=32, norm_groups=32)
+    save(first_stage, tmp_path / "older")
+    file = tmp_path / "older" / "first_stage" / "config.json"
+    config = json.loads(file.read_text())
+    left_out = ("kind", "pixels", "codebook_size", "quant_conv", "attention_levels", "decoder_channels")
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in left_out}))
+    done = convert(tmp_path / "older", tmp_path / place, "diffusers" if place == "vae" else None, shift=0.0)
+    assert done.tensors == len(first_stage.autoencoder.state_dict()) and "KL, f 2" in done.source.what
+    again = load(tmp_path / place).autoencoder.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in first_stage.autoencoder.state_dict().items())
+
+
+def test_the_bundled_model_converts(tmp_path: Path) -> None:
+    assert darkroom.convert("emoji", tmp_path / "vae", "diffusers").source.what == "KL, f 4, 4 latent channels"
+    with pytest.raises(DarkroomError, match="norms of 8 groups"):
+        darkroom.convert("emoji", tmp_path / "emoji.safetensors")
+
+
+def test_a_refusal_comes_before_the_tensors_are_read(tmp_path: Path) -> None:
+    save(own_first_stage(channels=32, norm_groups=32, codebook_size=9), tmp_path / "vq")
+    steps: list[int] = []
+    with pytest.raises(DarkroomError, match=r"the shift 0.25 of the latents: give --shift 0 to leave yours out$"):
+        convert(tmp_path / "vq", tmp_path / "vae", "diffusers", progress=steps.append)
+    with pytest.raises(DarkroomError, match=r"give --shift 0 to leave yours out$"):
+        convert(tmp_path / "vq", tmp_path / "vq.ckpt", progress=steps.append)
+    with pytest.raises(DarkroomError, match=r"give one --scale$"):
+        convert(tmp_path / "vq", tmp_path / "vae", "diffusers", shift=0.0, scale=[1.0, 2.0, 3.0], progress=steps.append)
+    assert not steps and [path.name for path in tmp_path.iterdir()] == ["vq"]
+    convert(tmp_path / "vq", tmp_path / "vae", "diffusers", shift=0.0)  # the cure, alone
+    assert float(load(tmp_path / "vae").scale) == pytest.approx(1.7)
+
+
 def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     def refused(words: str, first_stage: Any, format: str, place: str = "out", **options: Any) -> None:
         with pytest.raises(DarkroomError) as error:

@@ -193,10 +193,14 @@ def _latent_lines(latents: dict[str, list[float]]) -> list[str]:
 def _part_kind(part: str, config: dict[str, Any]) -> str:
     if part == "first_stage":
         if config.get("kind") == "identity":
-            return f"identity, {config.get('channels')} channels, "
-        factor, codes = 2 ** (len(config.get("channel_mult", [0])) - 1), config.get("codebook_size")
-        kind = f"f {factor}, {config.get('embed_dim')} latent channels, "
-        return kind if codes is None else f"{kind}{codes} codes, "
+            return f"identity, {config.get('channels', 3)} channels, "
+        if not {"channel_mult", "embed_dim"} <= config.keys():  # what a config leaves out has its default
+            from darkroom.first_stage.autoencoder import AutoencoderConfig
+
+            config = vars(AutoencoderConfig()) | config
+        codes = config.get("codebook_size")
+        kind = "KL" if codes is None else f"VQ with {codes} codes"
+        return f"{kind}, f {2 ** (len(config['channel_mult']) - 1)}, {config['embed_dim']} latent channels, "
     if part == "preview":
         return f"a decoder for live previews, f {config.get('downsampling')}, "
     if part == "denoiser":

@@ -5,10 +5,13 @@ A subcommand's module is imported when it is run or asked for help; none of them
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -82,12 +85,41 @@ def cli() -> None:
     """Latent diffusion models, end to end: train on your own images, generate, look inside."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit status (0 done, 2 bad input, 130 interrupted)."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written is removed."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, once: a second one, which `timeout` may send, must not cut the clean-up short."""
+    process = os.getpid()
+
+    def terminate(signum: int, _: object) -> None:
+        if os.getpid() != process:  # a forked child dies as it would without us
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        signal.signal(signum, signal.SIG_IGN)
+        raise Terminated
+
+    # Whoever set another handler, or ignores the signal, keeps that; outside the main thread none can be set.
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
     try:
-        result = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="darkroom", standalone_mode=False
-        )
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit status (0 done, 2 bad input, 130 interrupted, 143 terminated)."""
+    try:
+        with _terminable():
+            result = cli.main(
+                args=None if arguments is None else list(arguments), prog_name="darkroom", standalone_mode=False
+            )
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -100,7 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message())
     except DarkroomError as error:
         return _fail(str(error))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click turns the first into the second.
+        if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
+            print("\ndarkroom: terminated", file=sys.stderr)
+            return 128 + signal.SIGTERM
         print("\ndarkroom: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -242,9 +242,9 @@ def to_diffusers_config(config: Mapping[str, Any], shift: Number, scale: Number)
     }
     if is_vq:
         if shift != 0.0 or isinstance(scale, list):
+            cures = ["--shift 0 to leave yours out"] * (shift != 0.0) + ["one --scale"] * isinstance(scale, list)
             raise DarkroomError(
-                f"diffusers' VQModel has no place for {latents_in_words(shift, scale)}: give one scale and the shift 0 "
-                "(--scale, --shift) to write other numbers"
+                f"diffusers' VQModel has no place for {latents_in_words(shift, scale)}: give {' and '.join(cures)}"
             )
         vq = {"num_vq_embeddings": config["codebook_size"], "vq_embed_dim": config["embed_dim"]}
         return result | vq | {"norm_type": "group", "lookup_from_codebook": False, "scaling_factor": scale}

@@ -228,9 +228,9 @@ def in_darkroom_folder(path: Path, part: Path, weights: str, inside: str | None)
 
 
 def plain_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The dict form of `AutoencoderConfig` that other libraries' autoencoders are described by; what they have no words
-    for is refused."""
-    kept = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key not in ("kind", "pixels")}
+    """The complete dict form of `AutoencoderConfig` that other libraries' autoencoders are described by, defaults
+    filled in (older models name fewer settings); what those libraries have no words for is refused."""
+    kept = {key: value for key, value in config.items() if key not in ("kind", "pixels")}
     pixels = config.get("pixels") or EIGHT_BITS
     if config.get("kind") == "identity":
         raise DarkroomError(f"{where}: a first stage that changes nothing (identity) has no weights to exchange")
@@ -239,7 +239,10 @@ def plain_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: its images are {pixels.get('dtype')} from {pixels.get('low')} to {pixels.get('high')}, "
             "and other layouts know 8 bits only; it cannot be exchanged"
         )
-    return kept
+    from darkroom.config import from_dict
+    from darkroom.first_stage.autoencoder import AutoencoderConfig  # imports torch
+
+    return dict(vars(from_dict(AutoencoderConfig, kept, "first stage")))
 
 
 def as_number(values: Tensor) -> Number:
@@ -360,16 +363,12 @@ def _some(names: Collection[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_compvis(
-    destination: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shift: Number, scale: Number
-) -> None:
-    """One file with the official names: safetensors, or a checkpoint that the official code can load (.ckpt, .pt).
+def compvis_notes(config: Mapping[str, Any], shift: Number, scale: Number) -> dict[str, str]:
+    """What is noted beside the tensors in a file of the official layout; what that layout cannot express is refused.
 
-    Not atomic by itself: see `new_file`. The official layout has no place for the scale of the latents (it is in the
-    config of the denoiser), so it is noted beside the tensors, where only we look.
+    It has no place for the scale of the latents (it is in the config of the denoiser), so the scale is a note, which
+    only we read.
     """
-    import torch
-
     compvis.refuse_what_compvis_lacks(config)
     facts = compvis.latent_facts(config, ())
     if shift != facts.shift:
@@ -381,7 +380,27 @@ def write_compvis(
         raise DarkroomError(
             "the official layout has no place for a scale per channel: write the diffusers layout, or give one --scale"
         )
-    notes = {EXPORTED_BY: f"darkroom {__version__}"} | ({SCALE: repr(scale)} if scale != facts.scale else {})
+    return {EXPORTED_BY: f"darkroom {__version__}"} | ({SCALE: repr(scale)} if scale != facts.scale else {})
+
+
+def refuse_inexpressible(format: str, config: Mapping[str, Any], shift: Number, scale: Number) -> None:
+    """Raises what writing would, from the config alone: before any tensor is read. `format`: compvis or diffusers."""
+    if format == "compvis":
+        compvis_notes(config, shift, scale)
+    else:
+        diffusers.to_diffusers_config(config, shift, scale)
+
+
+def write_compvis(
+    destination: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shift: Number, scale: Number
+) -> None:
+    """One file with the official names: safetensors, or a checkpoint that the official code can load (.ckpt, .pt).
+
+    Not atomic by itself: see `new_file`.
+    """
+    import torch
+
+    notes = compvis_notes(config, shift, scale)
     if destination.suffix.lower() == SAFETENSORS:
         write_safetensors(destination, tensors, {"format": "pt", **notes})
     else:
