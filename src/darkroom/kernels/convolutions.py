@@ -19,7 +19,7 @@ from darkroom.kernels.products import linear
 _WINOGRAD_CHANNELS = 128
 _WINOGRAD_POSITIONS = 2048
 # Elements of the transformed rows that are worked on at once: they stay in a processor's cache.
-_WINOGRAD_CHUNK = 2**21
+_WINOGRAD_CHUNK = 2**22
 # The same for the sums of weights of `upsample_conv`.
 _UPSAMPLE_POSITIONS = 512
 
@@ -173,9 +173,10 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         count = min(step, tiles - first)
         start = 4 * first
         rows = _winograd_rows([padded[:, start + k : start + k + 4 * count - 3 : 4] for k in range(6)])
+        # A constant in the second of the six comes out once in each of the four rows.
         m = [
-            F.conv2d(row.permute(0, 3, 1, 2), part, padding=(0, 1)).permute(0, 2, 3, 1)
-            for row, part in zip(rows, parts, strict=True)
+            F.conv2d(row.permute(0, 3, 1, 2), part, bias if k == 1 else None, padding=(0, 1)).permute(0, 2, 3, 1)
+            for k, (row, part) in enumerate(zip(rows, parts, strict=True))
         ]
         y = [out[:, start + k : start + 4 * count : 4] for k in range(4)]
         even, odd = m[1] + m[2], m[1].sub_(m[2])
@@ -184,21 +185,19 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         torch.add(odd, odd_2, alpha=2, out=y[1])
         torch.add(even, even_2, alpha=4, out=y[2])
         torch.add(odd, odd_2, alpha=8, out=y[3]).add_(m[5])
-    if bias is not None:
-        out += bias
     return out[:, :h].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _winograd_rows(d: list[Tensor]) -> list[Tensor]:
     """B^T d of Lavin & Gray 2016 for six rows d."""
     a, b = torch.add(d[4], d[2], alpha=-4), torch.add(d[3], d[1], alpha=-4)
-    c, e = d[4] - d[2], torch.sub(d[3], d[1]).mul_(2)
+    c, e = d[4] - d[2], d[3] - d[1]
     return [
         torch.add(d[4], d[2], alpha=-5).add_(d[0], alpha=4),
         a + b,
         a.sub_(b),
-        c + e,
-        c.sub_(e),
+        torch.add(c, e, alpha=2),
+        c.sub_(e, alpha=2),
         torch.add(d[5], d[3], alpha=-5).add_(d[1], alpha=4),
     ]
 
