@@ -140,7 +140,7 @@ def _open(place: str, size: int | tuple[int, int], channels: int, pixels: PixelF
     if pixels.dtype == "float32" or pixels != PixelFormat.of(pixels.dtype):
         options["value_range"] = (pixels.low, pixels.high)
     if drawn:  # procedural sets have held-out images of their own
-        return open_dataset(DataConfig(source=place, **options), "validation")
+        return open_dataset(DataConfig(source=path, limit=count, **options), "validation")
     divided = read_parts(path)[1] is not None
     config = DataConfig(source=path, validation=0.0, limit=count, **options)
     return open_dataset(config, "validation" if divided else "train")

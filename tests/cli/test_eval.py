@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from darkroom.build import build_first_stage
 from darkroom.cli.evaluate import parse_size
 from darkroom.errors import DarkroomError
-from darkroom.eval_job import comparison, error_maps, model_name, trained_size
+from darkroom.eval_job import comparison, error_maps, model_name, open_images, trained_size
 from darkroom.evaluation.extractors import Embedding, PerceptualDistance
+from darkroom.model_io import load_first_stage
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -71,6 +73,17 @@ def test_eval_writes_scores_pictures_and_a_page(run: Run, models: Path, tmp_path
     assert (tmp_path / "scores" / "flat-colours.png").is_file()
 
 
+def test_eval_counts_in_every_source(models: Path) -> None:
+    first_stage = load_first_stage(models / "fs")
+    for place in ("shapes@3", "shapes:single@2"):
+        (images,) = open_images([place], 32, first_stage).values()
+        assert len(images) == int(place.partition("@")[2])
+    config = {"channels": 8, "channel_mult": [1], "num_res_blocks": 1, "in_channels": 6, "out_channels": 6}
+    six = build_first_stage(config | {"pixels": {"dtype": "float32", "low": 0.0, "high": 1.0}})
+    (images,) = open_images(["bands6@4"], 32, six).values()
+    assert len(images) == 4
+
+
 def test_eval_takes_sizes_that_are_no_multiples_of_f(run: Run, models: Path, tmp_path: Path) -> None:
     data = pictures(tmp_path / "photos", 2)
     status, _, error = run("eval", "--first-stage", models / "fs", data, "--size", "35x33", "-o", "odd")
@@ -84,7 +97,7 @@ def test_eval_takes_several_sources_and_parts_of_models(run: Run, models: Path, 
     status, out, error = run(*command)
     assert status == 0, error
     record = json.loads((tmp_path / "runs" / "eval-text" / "scores.json").read_text())
-    assert {name: row["images"] for name, row in record["sources"].items()} == {"photos": 3, "photos 2": 4, "shapes": 1}
+    assert {name: row["images"] for name, row in record["sources"].items()} == {"photos": 3, "photos 2": 4, "shapes": 4}
     assert record["protocol"]["data"]["shapes"]["split"] == "validation"  # a tenth of its scenes
     assert out.splitlines()[0].split() == ["all", "photos", "photos", "2", "shapes"]
     assert run(*command)[0] == 0  # again, into the same folder
