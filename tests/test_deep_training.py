@@ -108,13 +108,13 @@ def test_automatic_recipes_see_depth_and_channels(tmp_path: Path) -> None:
             (tmp_path / name / f"{k}.npy").write_bytes(image_bytes(values, ".npy"))
         recipe = automatic_recipe(str(tmp_path / name), None, {})
         assert {key: recipe["data"][key] for key in settings} == settings
-        assert recipe["first_stage"]["train"]["autoencoder"]["in_channels"] == settings["channels"]
-        resolve(recipe)
+        network = resolve(recipe).first_stage.train.autoencoder  # type: ignore[union-attr]
+        assert network is not None and network.in_channels == network.out_channels == settings["channels"]
 
 
 def test_the_recipes_train_on_their_own_sets() -> None:
     for name, source, channels in (("grey16", "phantoms16", 1), ("bands6", "bands6", 6)):
         recipe = resolve(read_recipe(recipe_names()[name]))
         assert (recipe.data.source, recipe.data.channels) == (source, channels)
-        assert recipe.first_stage.train is not None
+        assert recipe.first_stage.train is not None and recipe.first_stage.train.autoencoder is not None
         assert recipe.first_stage.train.autoencoder.in_channels == channels

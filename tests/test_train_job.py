@@ -288,7 +288,7 @@ def test_a_first_stage_alone_stays_alone_in_a_time_budget(run: Path) -> None:
     overrides = {"first_stage.train.init_from": str(run / "first_stage"), "data.size": 32, "data.count": 16}
     recipe = resolve(settings, overrides | {"first_stage.train.batch_size": 2})
     plan = Planner(recipe, open_dataset(recipe.data), torch.device("cpu")).plan(measure=True)
-    assert plan.denoiser.seconds_per_step is None and plan.first_stage is not None
+    assert plan.denoiser is None and plan.conditioning is None and plan.first_stage is not None
     fitted = fit_minutes(recipe, plan, 1.0)
     assert fitted.steps == 0 and fitted.first_stage.train is not None
     assert fitted.first_stage.train.steps == int(60 / plan.first_stage.seconds_per_step)  # type: ignore[operator]

@@ -63,7 +63,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a run, for people to read before it starts."""
+    """The decisions of a run, for people to read before it starts. Where no denoiser is trained, it and `conditioning`
+    are None."""
 
     recipe: str
     images: int
@@ -71,9 +72,9 @@ class Plan:
     image_channels: int
     downsampling: int
     latent_channels: int
-    conditioning: list[str]
+    conditioning: list[str] | None
     first_stage: StagePlan | None
-    denoiser: StagePlan
+    denoiser: StagePlan | None
 
 
 def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any], gpu: bool = False) -> dict[str, Any]:
@@ -100,12 +101,8 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
     settings = read_recipe(find_recipe("auto-128" if limit >= 128 else "auto-64"))
     chosen: dict[str, Any] = {"source": source, "size": limit} | seen | dict(data)
     settings["description"] = f"Made by `darkroom train {Path(source).name}`."
-    channels = chosen.get("channels", 3)
-    if channels != 3:
-        widths = {"in_channels": channels, "out_channels": channels}
-        settings = merge(settings, {"first_stage": {"train": {"autoencoder": widths}}})
-        if "channels" not in data and channels == 1:
-            settings["description"] += " No colour was seen, so there is one channel; data.channels=3 keeps three."
+    if "channels" not in data and chosen.get("channels") == 1:
+        settings["description"] += " No colour was seen, so there is one channel; data.channels=3 keeps three."
     conditioner: dict[str, Any] = {}
     if "text" in found.fields:
         conditioner["text"] = settings["conditioner"]["text"]
@@ -166,6 +163,12 @@ class Planner:
                 f'"{key}" is {self.first_stage.image_channels} but the data has "data.channels" {channels}: '
                 "make them equal"
             )
+        network = None if self.recipe.first_stage.train is None else self.recipe.first_stage.train.autoencoder
+        if self._trains_new() and network is not None and network.out_channels != channels:
+            raise DarkroomError(
+                f'"first_stage.train.autoencoder.out_channels" is {network.out_channels} but the data has '
+                f'"data.channels" {channels}: make them equal'
+            )
         pixels = self.recipe.data.pixel_format
         if self.first_stage is not None and self.first_stage.pixels != pixels:
             own = self.first_stage.pixels
@@ -189,13 +192,7 @@ class Planner:
                 f'"data.size" {width}x{height} does not fit this recipe: sides must be multiples of {factor}, '
                 f"for example {near}"
             )
-        train = self.recipe.first_stage.train
-        crop = None if train is None else train.objective.crop
-        if crop is not None and (crop % f or crop < f or crop > min(width, height)):
-            raise DarkroomError(
-                f'"first_stage.train.objective.crop" is {crop}: it must be a multiple of {f} that fits in the '
-                f"{width}x{height} images"
-            )
+        check_crop(self.recipe, f)
 
     def plan(self, measure: bool = False) -> Plan:
         recipe, first_stage = self.recipe, self.first_stage
@@ -206,13 +203,14 @@ class Planner:
             stage = self._stage(
                 train, first_stage, lambda: FirstStageStep(first_stage.trainable, train.objective), measure
             )
-        both = nn.ModuleList([self.denoiser, self.conditioner])
-        denoiser = self._stage(
-            recipe,
-            both,
-            lambda: DenoiserStep(self.denoiser, self.conditioner, first_stage, recipe.objective),
-            measure and recipe.steps > 0,
-        )
+        denoiser = None
+        if recipe.steps > 0:
+            denoiser = self._stage(
+                recipe,
+                nn.ModuleList([self.denoiser, self.conditioner]),
+                lambda: DenoiserStep(self.denoiser, self.conditioner, first_stage, recipe.objective),
+                measure,
+            )
         return Plan(
             recipe=recipe.name,
             images=len(self.data),
@@ -220,7 +218,7 @@ class Planner:
             image_channels=recipe.data.channels,
             downsampling=1 if first_stage is None else first_stage.downsampling,
             latent_channels=recipe.data.channels if first_stage is None else first_stage.latent_channels,
-            conditioning=list(self.conditioner.fields),
+            conditioning=None if denoiser is None else list(self.conditioner.fields),
             first_stage=stage,
             denoiser=denoiser,
         )
@@ -279,6 +277,17 @@ class Planner:
         return {"seconds_per_step": statistics.mean(means), "memory_gib": memory}
 
 
+def check_crop(recipe: Recipe, f: int) -> None:
+    """Raises DarkroomError where the crops on which the first stage is trained do not fit in the images."""
+    train, (width, height) = recipe.first_stage.train, recipe.data.width_height
+    crop = None if train is None else train.objective.crop
+    if crop is not None and (crop % f or crop < f or crop > min(width, height)):
+        raise DarkroomError(
+            f'"first_stage.train.objective.crop" is {crop}: it must be a multiple of {f} that fits in the '
+            f"{width}x{height} images; --set first_stage.train.objective.crop=null trains on whole images"
+        )
+
+
 def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[str] = ()) -> Recipe:
     """The recipe with the steps of both stages set so that they fill `minutes`, given a measured plan.
 
@@ -306,7 +315,7 @@ def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[st
         recipe = replace(recipe, first_stage=replace(recipe.first_stage, train=train))
     if alone or stated["denoiser"]:
         return recipe
-    assert second.seconds_per_step is not None
+    assert second is not None and second.seconds_per_step is not None
     return _with_steps(recipe, max(1, int(left / second.seconds_per_step)), "", fixed)
 
 
@@ -318,9 +327,8 @@ def with_times(plan: Plan, measured: Plan) -> Plan:
             return new
         return replace(new, seconds_per_step=old.seconds_per_step, memory_gib=old.memory_gib)
 
-    denoiser = stage(plan.denoiser, measured.denoiser)
-    assert denoiser is not None
-    return replace(plan, first_stage=stage(plan.first_stage, measured.first_stage), denoiser=denoiser)
+    first, second = stage(plan.first_stage, measured.first_stage), stage(plan.denoiser, measured.denoiser)
+    return replace(plan, first_stage=first, denoiser=second)
 
 
 def _with_steps(config: Any, steps: int, prefix: str, fixed: Collection[str]) -> Any:
@@ -361,10 +369,11 @@ def describe_plan(plan: Plan) -> str:
         f"  data        {plan.images} images, {width}x{height}, {plan.image_channels} channel"
         + ("s" if plan.image_channels > 1 else " (grey; --set data.channels=3 keeps colour)"),
         f"  latents     {width // f}x{height // f}x{plan.latent_channels} (f = {f})",
-        f"  condition   {', '.join(plan.conditioning) or 'none'}",
     ]
+    if plan.conditioning is not None:
+        lines.append(f"  condition   {', '.join(plan.conditioning) or 'none'}")
     for name, stage in (("first stage", plan.first_stage), ("denoiser", plan.denoiser)):
-        if stage is None or (name == "denoiser" and stage.steps == 0):
+        if stage is None:
             continue
         size = f"{stage.parameters / 1e6:.2f} M parameters"
         text = f"  {name:<12}{size}, {stage.steps} steps of {stage.images_per_step} images"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.config import merge, with_overrides
-from darkroom.data.locations import is_shapes, part_of
+from darkroom.data.locations import is_shapes, is_there, part_of
 from darkroom.errors import DarkroomError
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage
 from darkroom.pixel_format import PixelFormat
-from darkroom.plan import automatic_recipe
+from darkroom.plan import automatic_recipe, check_crop
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
 
 # Of `denoiser.network`; they follow from the first stage and the conditioner.
@@ -83,7 +83,9 @@ def new_recipe(
     if isinstance(network, dict):  # anything else is what `resolve` complains about
         stated = {k: network[k] for k in DERIVED_WIDTHS if network.get(k) is not None}
         network.pop("context_dim", None)
-    return resolve(settings), stated
+    recipe = resolve(settings)
+    check_recipe(recipe, data)
+    return recipe, stated
 
 
 def resumed_recipe(folder: Path, changes: Mapping[str, Any], data: str | os.PathLike[str] | None = None) -> Recipe:
@@ -94,7 +96,47 @@ def resumed_recipe(folder: Path, changes: Mapping[str, Any], data: str | os.Path
     settings = read_recipe(path)
     if data is not None:
         settings["data"] = found_at(section(settings, "data"), str(data))
-    return resolve(settings, changes)
+    recipe = resolve(settings, changes)
+    _check_files(recipe, data)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, data: str | os.PathLike[str] | None = None) -> None:
+    """Raises DarkroomError for what a recipe lacks and only its user can say, before anything is read or built."""
+    train = recipe.first_stage.train
+    if recipe.preview is not None and train is None and recipe.first_stage.given is None:
+        raise DarkroomError(f"{recipe.name} needs a first stage: --first-stage MODEL")
+    if train is not None and train.init_from is None:
+        why = None
+        if not train.objective.train_encoder:
+            why = '"first_stage.train.objective.train_encoder" is false'
+        elif train.autoencoder is None:
+            why = '"first_stage.train.autoencoder" is null'
+        if why is not None:
+            raise DarkroomError(f"{recipe.name} goes on with a given first stage ({why}): --init-from MODEL")
+    known = None if train is None or train.init_from is not None else train.autoencoder
+    check_crop(recipe, 1 if known is None else 2 ** (len(known.channel_mult) - 1))
+    _check_files(recipe, data)
+
+
+def _check_files(recipe: Recipe, data: str | os.PathLike[str] | None) -> None:
+    """The recipe's files must be there. Of a missing place that was given as `data` their reader tells."""
+    source, validation = recipe.data.source, recipe.data.validation
+    if recipe.data.is_synthetic:
+        return
+    for place in [source] if isinstance(source, str) else source:
+        if data is None and not is_there(place):
+            raise DarkroomError(
+                f"{place}: no such file or folder; say where the images of {recipe.name} are with --data DIR, or the "
+                "folder around them in the environment variable DARKROOM_DATA"
+            )
+    named = [validation] if isinstance(validation, str) else validation if isinstance(validation, list) else []
+    for place in named:
+        if not is_there(place):
+            raise DarkroomError(
+                f'{place}: no such file or folder; "data.validation" names it: set that to files that are there, or to '
+                "a share of the images such as --set data.validation=0.05"
+            )
 
 
 def section(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def about_line(plan: Mapping[str, Any]) -> str:
         parts[-1:] = [f"{parts[-1]} of {size[0]}×{size[-1]}"] if parts else [f"{size[0]}×{size[-1]}"]
     if f := plan.get("downsampling"):
         parts.append("pixels, no first stage" if f == 1 else f"f = {f}")
-    if "conditioning" in plan:
+    if plan.get("conditioning") is not None:  # a run without a denoiser has none
         fields = ", ".join(str(c).replace("_", " ") for c in as_list(plan["conditioning"]))
         parts.append(f"conditioned on {fields}" if fields else "unconditional")
     return " · ".join(parts)

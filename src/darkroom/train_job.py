@@ -36,7 +36,7 @@ from darkroom.config import from_dict, nearest, to_dict
 from darkroom.data.batches import Batches, collate, pixels_of
 from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
 from darkroom.data.latent_cache import LatentCache
-from darkroom.data.pixels import resolve_pixels
+from darkroom.data.pixels import converted, resolve_pixels
 from darkroom.data.sources import open_dataset
 from darkroom.denoiser import Denoiser, DenoiserConfig
 from darkroom.errors import DarkroomError
@@ -169,7 +169,7 @@ def train(
     if dry_run:
         plan = job.plan(measure=True) if job.measured is None else with_times(job.plan(), job.measured)
         if world.is_main:
-            print(describe_plan(plan), flush=True)
+            print("\n".join([describe_plan(plan), *(f"warning: {w}" for w in job.warnings)]), flush=True)
         return Run(folder, None, None, {"plan": to_dict(plan)})
     return job.run(resume)
 
@@ -202,7 +202,9 @@ class _Job:
         self.validation = open_dataset(recipe.data, "validation")
         self.measured: Plan | None = None  # with seconds per step, when a time budget needed them
         self.warnings: list[str] = []
-        if len(self.data) < SMALL_SET:
+        if (line := converted(self.data, recipe.first_stage.given is not None)) is not None:
+            self.warnings.append(line)
+        if len(self.data) < SMALL_SET and recipe.steps > 0:
             self.warnings.append(
                 f"only {len(self.data)} training images: a model of this kind will partly memorise them; "
                 "compare samples with their nearest training images before you show them as new"
@@ -611,8 +613,7 @@ class _Job:
 
 def with_pixels(recipe: Recipe) -> Recipe:
     """The recipe with the pixel format stated: that of a given first stage where it fits, else by the files."""
-    data, choice = recipe.data, recipe.first_stage
-    given = choice.name or choice.path or (choice.train.init_from if choice.train is not None else None)
+    data, given = recipe.data, recipe.first_stage.given
     if not data.is_resolved and given is not None:
         pixels = load_first_stage(given, "cpu").pixels
         if data.pixels in ("auto", pixels.dtype) and data.value_range is None:

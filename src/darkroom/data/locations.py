@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 
@@ -19,6 +20,12 @@ def part_of(location: str) -> tuple[str, int | None]:
 def is_shapes(location: str) -> bool:
     """Whether this names the procedural set: "shapes", "shapes:single", "shapes:pair", with a count or without."""
     return part_of(location)[0].split(":")[0] == "shapes"
+
+
+def is_there(location: str) -> bool:
+    """Whether something can be read by this name: a file or folder, a glob that matches, or `shapes`."""
+    path = os.path.expanduser(part_of(location)[0])
+    return is_shapes(location) or os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def is_mixture(source: str | list[str]) -> bool:

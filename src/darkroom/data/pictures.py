@@ -90,6 +90,11 @@ class PictureDataset(ImageDataset):
     def captions(self) -> list[str]:
         return [r.text or "" for r in self._records] if "text" in self._extra else []
 
+    @property
+    def records(self) -> list[Record]:
+        """The samples, before any is decoded."""
+        return list(self._records)
+
     def key(self, index: int) -> str:
         """The name of an example inside its source."""
         return self._records[index].key

@@ -8,16 +8,19 @@ import numpy as np
 
 from darkroom.data.image_files import read_samples
 from darkroom.data.locations import is_mixture
-from darkroom.data.pictures import in_threads, training_records
+from darkroom.data.mixture import MixtureDataset
+from darkroom.data.pictures import PictureDataset, in_threads, training_records
 from darkroom.data.records import Record, reason_of
-from darkroom.data.sources import DataConfig
+from darkroom.data.sources import DataConfig, ImageDataset
 from darkroom.data.transforms import convert
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelFormat, PixelType
 
+COMPARED = 16  # files of a source whose depth and channels are compared with what is made of them
 LOOKED_AT = 64  # files that decide what "auto" means
 MEASURED = 4096  # files whose least and greatest value are the range of floating-point images
 _WIDER: tuple[PixelType, ...] = ("float32", "uint16")
+_DEPTH: tuple[PixelType, ...] = ("uint8", "uint16", "float32")
 _ANY_RANGE = PixelFormat("float32", 0.0, 1.0)
 
 
@@ -57,6 +60,46 @@ def widest(records: list[Record]) -> PixelType:
         except Exception:  # whatever a damaged file makes a decoder raise; the full reading lists it
             continue
     return next((t for t in _WIDER if t in found), "uint8")
+
+
+def converted(data: ImageDataset, given: bool = False) -> str | None:
+    """A line where files have more bits than is made of them, or one channel where three are made; None where not.
+
+    given: a given first stage decides what is made, so there is nothing to set.
+    """
+    if isinstance(data, MixtureDataset):
+        return next((line for part in data.parts if (line := converted(part, given)) is not None), None)
+    if not isinstance(data, PictureDataset):
+        return None
+    records = _evenly(data.records, COMPARED)
+    channels = _channels_of(records)
+    made, found = data.pixels.dtype, widest(records)
+    deeper = _DEPTH.index(found) > _DEPTH.index(made)
+    wider = channels == 1 and data.config.channels == 3
+    if not deeper and (given or not wider):
+        return None
+    count = "" if channels is None else f"{channels} channel{'s' if channels > 1 else ''} of "
+    line = f"the pictures have {count}{_bits(found)}; this {'first stage' if given else 'recipe'} makes "
+    line += f"{data.config.channels} of {_bits(made)}"
+    cures = [f"--set data.channels={channels}"] if wider else []
+    cures += [f"--set data.pixels={found}"] if deeper else []
+    return line if given else f"{line}: {' '.join(cures)}"
+
+
+def _channels_of(records: list[Record]) -> int | None:
+    """How many channels all these files have, opacity not counted; None where they differ or none can be read."""
+    found: set[int] = set()
+    for record in records:
+        try:
+            samples = read_samples(record.image.read())
+        except Exception:  # whatever a damaged file makes a decoder raise; the full reading lists it
+            continue
+        found.add(samples.values.shape[2] - samples.alpha)
+    return found.pop() if len(found) == 1 else None
+
+
+def _bits(pixels: str) -> str:
+    return {"uint8": "8 bits", "uint16": "16 bits"}.get(pixels, "32 bits (floating point)")
 
 
 def _type_of(values: np.ndarray) -> PixelType:

@@ -32,13 +32,14 @@ class FirstStageRecipe(LoopConfig):
 
     init_from: a model whose first stage to start from (its network is then taken, not `autoencoder`). With
         `objective.train_encoder: false` its shift and scale stay too, so that denoisers trained on it keep working.
+    autoencoder: the network; its in_channels and out_channels follow from `data.channels`. null: that of `init_from`
     latents: how shift and scale are measured: one mean and standard deviation ("global"), one per latent channel
         ("channel"), or one standard deviation alone, shift 0 ("std", the paper's)
     """
 
     init_from: str | None = None
     latents: LatentStatistics = "global"
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    autoencoder: AutoencoderConfig | None = field(default_factory=AutoencoderConfig)
     objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)
 
 
@@ -53,6 +54,11 @@ class FirstStageChoice:
     name: str | None = None
     path: str | None = None
     latents: LatentStatistics | None = None
+
+    @property
+    def given(self) -> str | None:
+        """The model whose first stage is taken or trained on, None for a fresh one and for pixels."""
+        return self.name or self.path or (None if self.train is None else self.train.init_from)
 
     def __post_init__(self) -> None:
         given = [n for n in ("train", "name", "path") if getattr(self, n) is not None]
@@ -161,4 +167,16 @@ def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def resolve(data: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Apply overrides and read strictly: misspelt keys, wrong types and impossible choices raise DarkroomError."""
-    return from_dict(Recipe, with_overrides(data, overrides or {}))
+    return from_dict(Recipe, _with_image_channels(with_overrides(data, overrides or {})))
+
+
+def _with_image_channels(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the widths at which a trained first stage meets the images, where nobody stated them."""
+    data, choice = settings.get("data") or {}, settings.get("first_stage")
+    train = choice.get("train") if isinstance(choice, Mapping) else None
+    network = train.get("autoencoder", {}) if isinstance(train, Mapping) else None
+    if not isinstance(network, Mapping) or not isinstance(data, Mapping):
+        return settings  # none, or what `from_dict` complains about
+    channels = data.get("channels") or DataConfig.channels
+    widths = {name: channels for name in ("in_channels", "out_channels") if network.get(name) is None}
+    return merge(settings, {"first_stage": {"train": {"autoencoder": {**network, **widths}}}})
