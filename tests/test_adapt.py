@@ -112,13 +112,13 @@ def test_the_codebook_stays_with_the_encoder(tmp_path: Path) -> None:
 
 
 def test_init_from_in_a_recipe_of_a_first_stage(model: Path, tmp_path: Path) -> None:
-    recipe, _ = new_recipe("first-stage-decoder", init_from=model)
+    recipe, _ = new_recipe("first-stage-decoder", init_from=model, data=tmp_path)
     assert recipe.first_stage.train is not None and recipe.first_stage.train.init_from == str(model)
     assert recipe.init_from is None and recipe.steps == 0
     grey = tmp_path / "grey"
     save(build_first_stage(FIRST_STAGE | {"in_channels": 1, "out_channels": 1}), grey)
-    assert new_recipe("first-stage-decoder", init_from=grey)[0].data.channels == 1  # those of the model
-    assert new_recipe("preview", first_stage=grey)[0].data.channels == 1
+    assert new_recipe("first-stage-decoder", init_from=grey, data=tmp_path)[0].data.channels == 1  # those of the model
+    assert new_recipe("preview", first_stage=grey, data=tmp_path)[0].data.channels == 1
     with pytest.raises(DarkroomError, match="holds only a first stage"):
         new_recipe("shapes-tiny", init_from=grey)
 

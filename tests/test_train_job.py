@@ -453,7 +453,7 @@ def test_a_first_stage_alone_and_its_decoder_only(run: Path, tmp_path: Path) -> 
         "first_stage.train.objective.decoder_noise": 0.2,
     }
     result = train("shapes-tiny", tmp_path / "decoder", overrides=overrides, quiet=True)
-    tuned, model = darkroom.load(result.model), darkroom.load(run / "model")
+    tuned, model = darkroom.load(result.model).first_stage, darkroom.load(run / "model")  # the whole model goes on
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         before, after = model.first_stage.encode(image), tuned.encode(image)
