@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import diffusers
 import torch
@@ -59,11 +60,11 @@ PARTS = {
 }
 
 
-def make_pair(config: AutoencoderConfig) -> tuple[Autoencoder, AutoencoderKL]:
+def make_pair(config: AutoencoderConfig) -> tuple[Autoencoder, Any]:
     torch.manual_seed(0)
     ours = Autoencoder(config)
     plain = to_dict(config)
-    theirs = AutoencoderKL.from_config(to_diffusers_config(plain, 0.0, 1.0))
+    theirs: Any = AutoencoderKL.from_config(to_diffusers_config(plain, 0.0, 1.0))
     state = {}
     for name, tensor in ours.state_dict().items():
         place = to_theirs(name, len(config.channel_mult))
@@ -113,7 +114,7 @@ def training_row(config: AutoencoderConfig, batch: int, size: int) -> Row:
     side = size // ours.downsampling
     noise = torch.randn(batch, config.embed_dim, side, side, generator=generator)
 
-    def make(network: Autoencoder | AutoencoderKL, x: Tensor) -> Run:
+    def make(network: Any, x: Tensor) -> Run:
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
         ends = (network.encoder.conv_in.weight, network.decoder.conv_out.weight)
 
