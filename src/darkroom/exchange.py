@@ -28,7 +28,7 @@ from darkroom.interop.first_stage_files import (
 from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import WEIGHTS, find_source, is_model_folder, read_index
-from darkroom.model_io import build_found, refuse_official, save, set_latents
+from darkroom.model_io import build_found, latent_numbers, refuse_official, save, set_latents
 from darkroom.safe_files import new_file, new_folder
 
 Format = Literal["darkroom", "compvis", "diffusers"]
@@ -112,13 +112,13 @@ def convert(
     wanted = replace(
         found, shift=found.shift if shift is None else shift, scale=found.scale if scale is None else scale
     )
+    for name, value in (("shift", wanted.shift), ("scale", wanted.scale)):
+        latent_numbers(name, value, wanted.config["embed_dim"])
     if to != "darkroom":
         refuse_inexpressible(to, wanted.config, wanted.shift, wanted.scale)
     progress(1)
     if to == "darkroom":
-        written = _to_darkroom(wanted, place, weights)
-        progress(2)
-        tensors = count_equal(written, found, weights)
+        tensors = _to_darkroom(wanted, place, weights)
     else:
         replaced = new_file if to == "compvis" else new_folder
         write = write_compvis if to == "compvis" else write_diffusers
@@ -149,12 +149,21 @@ def _find(source: str | Path, weights: str) -> FoundFirstStage:
     return in_darkroom_folder(path, part, WEIGHTS["live" if live else "ema"], inside)
 
 
-def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> FoundFirstStage:
+def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> int:
+    """Save, and count the tensors that came back bit for bit before the model takes its place."""
+    counted: list[int] = []
+
+    def verify(written: Path) -> None:
+        counted.append(
+            count_equal(in_darkroom_folder(written, written / "first_stage", WEIGHTS["ema"], None), wanted, weights)
+        )
+
     first_stage = build_found(wanted, weights)
     set_latents(first_stage, wanted.shift, wanted.scale)
     precision = next(iter(wanted.dtypes)) if len(wanted.dtypes) == 1 else "float32"
-    save(first_stage, place, info={"converted_from": f"{wanted.path.name} ({wanted.layout})"}, dtype=precision)
-    return in_darkroom_folder(place, place / "first_stage", WEIGHTS["ema"], None)
+    info = {"converted_from": f"{wanted.path.name} ({wanted.layout})"}
+    save(first_stage, place, info=info, dtype=precision, verify=verify)
+    return counted[0]
 
 
 def _destination(place: str | Path, format: str) -> Path:

@@ -189,18 +189,22 @@ def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | None) -> None:
     """Other numbers than those of the file, one or one per latent channel; None keeps the file's."""
     for name, value in (("shift", shift), ("scale", scale)):
-        if value is None:
-            continue
-        numbers = torch.tensor(value, dtype=torch.float32)
-        if numbers.shape not in ((), (first_stage.latent_channels,)):
-            raise DarkroomError(
-                f"{len(numbers)} numbers for the {name} of {first_stage.latent_channels} latent channels: give one "
-                "number, or one per channel"
-            )
-        if not bool(torch.isfinite(numbers).all()) or (name == "scale" and not bool((numbers > 0).all())):
-            raise DarkroomError(f"the {name} of the latents is {value}: it must be finite, and a scale positive")
-        setattr(first_stage, name, numbers.to(first_stage.shift.device))
+        if value is not None:
+            numbers = latent_numbers(name, value, first_stage.latent_channels)
+            setattr(first_stage, name, numbers.to(first_stage.shift.device))
     first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
+
+
+def latent_numbers(name: str, value: Number, channels: int) -> Tensor:
+    """() or (channels,) float32: the shift or scale that someone gave, if it can be one."""
+    numbers = torch.tensor(value, dtype=torch.float32)
+    if numbers.shape not in ((), (channels,)):
+        raise DarkroomError(
+            f"{len(numbers)} numbers for the {name} of {channels} latent channels: give one number, or one per channel"
+        )
+    if not bool(torch.isfinite(numbers).all()) or (name == "scale" and not bool((numbers > 0).all())):
+        raise DarkroomError(f"the {name} of the latents is {value}: it must be finite, and a scale positive")
+    return numbers
 
 
 def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
@@ -296,6 +300,7 @@ def save(
     info: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "auto",
     refer: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model folder; an older model of the same name is replaced in one step, other folders are refused.
 
@@ -304,6 +309,7 @@ def save(
     info:  joined to the model's own `info` (name, defaults, provenance...).
     dtype: precision in which parameters are stored ("float16" halves the file); buffers keep theirs.
     refer: name a bundled first stage instead of copying it.
+    verify: is given the folder when all is written, before it takes its place; what it raises leaves the old one.
     """
     precision = None if str(dtype) == "auto" else select_dtype(dtype)
     destination = Path(folder).expanduser()
@@ -342,6 +348,8 @@ def save(
             _write_text(temporary / "README.md", card)
         _write_text(temporary / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
         _keep_other_files(destination, temporary, replaced={INDEX, "README.md", *_BUILD})
+        if verify is not None:
+            verify(temporary)
     return destination
 
 

@@ -12,7 +12,7 @@ import math
 import pickletools
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -416,18 +416,8 @@ def _as_list(value: Any) -> list[Any]:
     return value
 
 
-def tensor_table(content: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: its `state_dict` if it has one, else its own entries."""
-    import torch
-
-    return {name: value for name, value in _table(content) if isinstance(value, torch.Tensor)}
-
-
 def stored_table(content: Any) -> dict[str, StoredTensor]:
-    """`tensor_table` of what `read_structure` gives."""
-    return {name: value for name, value in _table(content) if isinstance(value, StoredTensor)}
-
-
-def _table(content: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors of what `read_structure` gives by name: of its `state_dict` if it has one, else its own entries."""
     table = content.get("state_dict", content) if isinstance(content, dict) else {}
-    yield from ((str(name), value) for name, value in (table.items() if isinstance(table, dict) else ()))
+    entries = table.items() if isinstance(table, dict) else ()
+    return {str(name): value for name, value in entries if isinstance(value, StoredTensor)}

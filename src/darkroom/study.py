@@ -39,7 +39,6 @@ from darkroom.training.recipe import Recipe, find_recipe, read_recipe, recipe_na
 
 PREFIX = "study-"
 ROWS = ("kl-f4", "vq-f4", "kl-f8", "vq-f8", "kl-f16", "vq-f16")
-CROPS = 100_000
 SHOWN = 8  # pictures of a row's strip
 LOSSES = "first_stage.train.objective."
 STAGE = "first_stage.train."

@@ -36,6 +36,7 @@ from darkroom.config import from_dict, nearest, to_dict
 from darkroom.data.batches import Batches, collate, pixels_of
 from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
 from darkroom.data.latent_cache import LatentCache
+from darkroom.data.locations import data_names, spread
 from darkroom.data.pixels import converted, resolve_pixels
 from darkroom.data.sources import open_dataset
 from darkroom.denoiser import Denoiser, DenoiserConfig
@@ -619,17 +620,6 @@ def with_pixels(recipe: Recipe) -> Recipe:
         if data.pixels in ("auto", pixels.dtype) and data.value_range is None:
             data = replace(data, pixels=pixels.dtype, value_range=(pixels.low, pixels.high))
     return replace(recipe, data=resolve_pixels(data))
-
-
-def spread(length: int, most: int) -> list[int]:
-    """At most so many indices, evenly over the whole: folders often lie class by class."""
-    count = min(length, most)
-    return [i * length // count for i in range(count)]
-
-
-def data_names(source: str | list[str]) -> list[str]:
-    """The names of the data without the folders they lie in: a model travels, its maker's paths do not."""
-    return [Path(s).name for s in ([source] if isinstance(source, str) else source)]
 
 
 def hardware(device: torch.device) -> str:

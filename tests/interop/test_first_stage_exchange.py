@@ -512,3 +512,25 @@ def test_a_vq_model_without_scaling_factor_has_the_papers_scale(tmp_path: Path) 
     assert config.pop("scaling_factor") == 1.0
     (tmp_path / "vq" / "config.json").write_text(json.dumps(config))
     assert float(load(tmp_path / "vq").scale) == 1.0
+
+
+@pytest.mark.parametrize("to", ["darkroom", "compvis", "diffusers"])
+def test_numbers_that_cannot_be_a_scale_are_refused_for_every_target(to: str, tmp_path: Path) -> None:
+    place = tmp_path / ("out.safetensors" if to == "compvis" else "out")
+    with pytest.raises(DarkroomError, match=r"the scale of the latents is 0.* a scale positive"):
+        darkroom.convert("emoji", place, to=to, shift=0.0, scale=0.0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_come_back_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    darkroom.convert("emoji", tmp_path / "out", to="darkroom")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+    def differs(*_: object) -> int:
+        raise DarkroomError("encoder.conv_in.weight did not come back")
+
+    monkeypatch.setattr("darkroom.exchange.count_equal", differs)
+    with pytest.raises(DarkroomError, match="did not come back"):
+        darkroom.convert("emoji", tmp_path / "out", to="darkroom", scale=2.0)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

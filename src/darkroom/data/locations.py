@@ -1,10 +1,12 @@
-"""The words by which a recipe names its data: a path or glob, `shapes`, and either with "@COUNT" behind it."""
+"""The words by which a recipe names its data (a path or glob, `shapes`, either with "@COUNT" behind it), what records
+keep of them, and an even choice among what they hold."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
+from pathlib import Path
 
 _COUNT = re.compile(r"(?P<path>.+)@(?P<count>[1-9][0-9]*)")
 
@@ -33,3 +35,14 @@ def is_mixture(source: str | list[str]) -> bool:
     if isinstance(source, str):
         return part_of(source)[1] is not None
     return any(part_of(location)[1] is not None or is_shapes(location) for location in source)
+
+
+def data_names(source: str | list[str]) -> list[str]:
+    """The names of the data without the folders they lie in: models and records travel, their maker's paths do not."""
+    return [Path(s).name for s in ([source] if isinstance(source, str) else source)]
+
+
+def spread(length: int, most: int) -> list[int]:
+    """At most so many indices, evenly over the whole: folders often lie class by class."""
+    count = min(length, most)
+    return [i * length // count for i in range(count)]

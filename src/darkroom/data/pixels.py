@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from darkroom.data.image_files import read_samples
-from darkroom.data.locations import is_mixture
+from darkroom.data.locations import is_mixture, spread
 from darkroom.data.mixture import MixtureDataset
 from darkroom.data.pictures import PictureDataset, in_threads, training_records
 from darkroom.data.records import Record, reason_of
@@ -135,5 +135,4 @@ def _measure(config: DataConfig, records: list[Record]) -> tuple[float, float]:
 
 
 def _evenly(records: list[Record], most: int) -> list[Record]:
-    count = min(len(records), most)
-    return [records[i * len(records) // count] for i in range(count)]
+    return [records[i] for i in spread(len(records), most)]

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from darkroom import __version__
 from darkroom.data.batches import collate
 from darkroom.data.latent_cache import module_hash
+from darkroom.data.locations import data_names, spread
 from darkroom.data.sources import ImageDataset
 from darkroom.data.transforms import RULE_VERSION
 from darkroom.errors import DarkroomError
@@ -31,12 +31,11 @@ from darkroom.evaluation.metrics import (
     frechet_distance,
     gradient_energy,
     gradient_energy_ratio,
-    perplexity,
     psnr,
     ssim,
 )
 from darkroom.first_stage.first_stage import FirstStage
-from darkroom.first_stage.quantizer import code_counts
+from darkroom.first_stage.quantizer import code_counts, perplexity
 
 PROTOCOL_VERSION = 1
 SAMPLES_PER_FEATURE = 10  # fewer, and the bias of a Frechet distance is of the order of differences between models
@@ -104,7 +103,7 @@ class _Sums:
         found[f"rFD-{embedding}"] = frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
         found[ENERGY] = gradient_energy_ratio(*(torch.tensor([e], dtype=torch.float64) for e in self.energies))
         if self.counts is not None:
-            found |= {USED: codes_used(self.counts), PERPLEXITY: perplexity(self.counts)}
+            found |= {USED: codes_used(self.counts), PERPLEXITY: float(perplexity(self.counts))}
         return found
 
 
@@ -155,7 +154,7 @@ def evaluate_first_stage(
     Reconstructions are clamped to [-1, 1] and not rounded to the steps of a file.
     """
     sets = dict(dataset) if isinstance(dataset, Mapping) else {"images": dataset}
-    chosen = {name: _spread(len(images), count) for name, images in sets.items()}
+    chosen = {name: spread(len(images), len(images) if count is None else count) for name, images in sets.items()}
     total = sum(map(len, chosen.values()))
     if total == 0:
         raise DarkroomError("there are no images to evaluate on; check the data")
@@ -236,20 +235,14 @@ def _check(first_stage: FirstStage, sets: Mapping[str, ImageDataset]) -> None:
             )
 
 
-def _spread(length: int, most: int | None) -> list[int]:
-    """At most so many indices, evenly over the whole: folders often lie class by class."""
-    count = length if most is None else min(length, most)
-    return [i * length // count for i in range(count)]
-
-
 def _shown(chosen: Mapping[str, list[int]], count: int) -> set[tuple[str, int]]:
     """Which images are handed back: as many of each set as of the others, evenly spread."""
     filled = {name: numbers for name, numbers in chosen.items() if numbers}
-    shares = _spread(len(filled) * count, count)  # so that they add up to `count`
+    shares = spread(len(filled) * count, count)  # so that they add up to `count`
     result: set[tuple[str, int]] = set()
     for place, (name, numbers) in enumerate(filled.items()):
         share = sum(place * count <= s < (place + 1) * count for s in shares)
-        result |= {(name, numbers[i]) for i in _spread(len(numbers), share)}
+        result |= {(name, numbers[i]) for i in spread(len(numbers), share)}
     return result
 
 
@@ -294,7 +287,7 @@ def _protocol(
     parameter = next(first_stage.parameters(), torch.zeros(()))
     data = {
         name: {
-            "source": _names(images.config.source),
+            "source": data_names(images.config.source),
             "split": images.split,
             "digest": images.digest,
             "examples": len(images),
@@ -333,8 +326,3 @@ def _protocol(
         "threads": torch.get_num_threads(),
         "versions": {"darkroom": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def _names(source: str | list[str]) -> list[str]:
-    """Without the folders they lie in: a record travels, its maker's paths do not."""
-    return [Path(s).name for s in ([source] if isinstance(source, str) else source)]

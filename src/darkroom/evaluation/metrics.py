@@ -145,12 +145,6 @@ def codes_used(counts: Tensor) -> float:
     return float((counts > 0).double().mean())
 
 
-def perplexity(counts: Tensor) -> float:
-    """(K,) occurrences -> exp(entropy of their frequencies): K when all codes occur alike, 1 when one does."""
-    p = counts.double() / counts.sum().clamp_min(1)
-    return float(torch.exp(-torch.xlogy(p, p).sum()))
-
-
 def _check_pair(image: Tensor, other: Tensor) -> None:
     if image.shape != other.shape or image.ndim != 4:
         raise ValueError(
