@@ -19,22 +19,29 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from unet_vs_diffusers import THEIR_LAYOUTS, Layout, Row, Run, convolution_peak, measure, quantile
+from unet_vs_diffusers import (
+    THEIR_LAYOUTS,
+    Layout,
+    Row,
+    Run,
+    add_common_arguments,
+    begin,
+    convolution_peak,
+    measure,
+    quantile,
+)
 
 from darkroom.config import to_dict
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
@@ -172,22 +179,11 @@ def breakdown(run: Run) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved runs of each row (default: 7)")
-    parser.add_argument("--threads", type=int, help="threads of both sides (default: torch's own choice)")
-    parser.add_argument("--row", default="", help="only rows whose name contains this")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of the wall's; with one thread")
+    add_common_arguments(parser)
     parser.add_argument("--breakdown", action="store_true", help="where our time goes, by kind of operation")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a median ratio is below what is wanted")
     args = parser.parse_args(arguments)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.cpu_time and torch.get_num_threads() != 1:
-        parser.error("--cpu-time compares work, not waiting, only with --threads 1")
-    now = time.process_time if args.cpu_time else time.perf_counter
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads of "
-        f"{os.cpu_count()} cores{load}, {args.rounds} rounds"
-    )
+    now = begin(parser, args)
     print(f"{'':46} {'ours':>7}  {'diffusers':^19}  {'ratio':>5}  {'10-90 %':^11}  {'to its':>7}  of the peak")
     print(f"{'':46} {'':>7}  {'default':>8} {'ch. last':>9}  {'':5}  {'':11}  {'default':>7}")
     peak, peak_flops = convolution_peak(torch.float32, now)

@@ -289,14 +289,15 @@ def measure(row: Row, rounds: int, peak: Run, now: Callable[[], float]) -> tuple
     return flops, seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each row (default: 9)")
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both comparisons with diffusers can be told."""
     parser.add_argument("--threads", type=int, help="threads of both sides (default: torch's own choice)")
     parser.add_argument("--row", default="", help="only rows whose name contains this")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of the wall's; with one thread")
-    parser.add_argument("--check", action="store_true", help=f"exit status 1 if a median ratio is below {LIMIT}")
-    args = parser.parse_args(arguments)
+
+
+def begin(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Callable[[], float]:
+    """Set the threads, print what is compared on what, and give the clock."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.cpu_time and torch.get_num_threads() != 1:
@@ -307,6 +308,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} cores{load}, {args.rounds} rounds"
     )
+    return now
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each row (default: 9)")
+    add_common_arguments(parser)
+    parser.add_argument("--check", action="store_true", help=f"exit status 1 if a median ratio is below {LIMIT}")
+    args = parser.parse_args(arguments)
+    now = begin(parser, args)
     print(f"{'':52} {'ours':>7} {'theirs':>7}  {'ratio':>5}  {'10-90 %':^11}  {'GFLOP/s':>8}  of the peak")
     peaks: dict[torch.dtype, tuple[Run, float]] = {}
     slow = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +15,12 @@ from darkroom.build import build_first_stage
 from darkroom.cli.evaluate import parse_size
 from darkroom.errors import DarkroomError
 from darkroom.eval_job import comparison, error_maps, model_name, open_images, trained_size
-from darkroom.evaluation.extractors import Embedding, PerceptualDistance
 from darkroom.model_io import load_first_stage
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No VGG files of the machine, and a network that takes no time."""
-
-    def embed(image: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(image.mean(1, keepdim=True), 4).flatten(1)
-
-    def extractors(device: torch.device, channels: int = 3) -> tuple[PerceptualDistance, Embedding]:
-        distance = PerceptualDistance("perceptual-darkroom", lambda a, b: (embed(a) - embed(b)).abs().mean(1), "0" * 64)
-        return distance, Embedding("darkroom", embed, "1" * 64)
-
-    monkeypatch.setattr("darkroom.evaluation.first_stage.default_extractors", extractors)
-    yield
+pytestmark = pytest.mark.usefixtures("quick_extractors")
 
 
 def pictures(folder: Path, count: int = 5, size: int = 40) -> Path:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from darkroom.config import with_overrides
-from darkroom.evaluation.extractors import Embedding, PerceptualDistance
 from darkroom.study import _alone, budget, study_first_stages, study_rows
 from darkroom.train_job import train
 from darkroom.training.recipe import find_recipe, read_recipe, resolve
@@ -27,16 +25,7 @@ TINY: dict[str, Any] = {
 SETTINGS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
 
 
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def embed(image: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(image.mean(1, keepdim=True), 4).flatten(1)
-
-    def extractors(device: torch.device, channels: int = 3) -> tuple[PerceptualDistance, Embedding]:
-        distance = PerceptualDistance("perceptual-darkroom", lambda a, b: (embed(a) - embed(b)).abs().mean(1), "0" * 64)
-        return distance, Embedding("darkroom", embed, "1" * 64)
-
-    monkeypatch.setattr("darkroom.evaluation.first_stage.default_extractors", extractors)
+pytestmark = pytest.mark.usefixtures("quick_extractors")
 
 
 def table(folder: Path) -> list[dict[str, str]]:
