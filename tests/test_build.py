@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_facts import Facts
 
 from darkroom.build import build_conditioner, build_denoiser, conditioner_config, denoiser_config
 from darkroom.conditioning.classes import ClassEncoderConfig
@@ -20,7 +21,7 @@ CAPTIONS = ["a red circle", "a blue square"]
 
 
 def parts(encoders: dict[str, Any], stated: dict[str, Any] | None = None) -> tuple[Denoiser, Conditioner]:
-    conditioner = build_conditioner(conditioner_config(encoders, ["cat", "dog"], CAPTIONS))
+    conditioner = build_conditioner(conditioner_config(encoders, Facts(["cat", "dog"], CAPTIONS)))
     network = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,))
     config = DenoiserConfig(network=network)
     return build_denoiser(denoiser_config(config, stated or {}, 4, conditioner)), conditioner

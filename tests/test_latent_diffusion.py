@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_facts import Facts
 
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
 from darkroom.conditioning.classes import ClassEncoderConfig
@@ -30,7 +31,7 @@ def make_model(conditions: tuple[str, ...] = ("text",), pixels: bool = False, ki
         "class": ClassEncoderConfig(width=32),
     }
     conditioner = build_conditioner(
-        conditioner_config({c: configs[c] for c in conditions}, ["cat", "dog", "snail"], CAPTIONS)
+        conditioner_config({c: configs[c] for c in conditions}, Facts(["cat", "dog", "snail"], CAPTIONS))
     )
     first_stage = None
     if not pixels:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_facts import Facts
 
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config
 from darkroom.conditioning.classes import ClassEncoderConfig
@@ -41,7 +42,9 @@ def tiny_model(condition: str | None = "text", with_first_stage: bool = True) ->
         encoders["text"] = TextEncoderConfig(width=16, depth=1, heads=1, head_width=16, length=8, vocabulary_size=60)
     if condition == "class":
         encoders["class"] = ClassEncoderConfig(width=16)
-    conditioner = build_conditioner(conditioner_config(encoders, CLASSES, ["a red fox", "a blue snail on a box"]))
+    conditioner = build_conditioner(
+        conditioner_config(encoders, Facts(CLASSES, ["a red fox", "a blue snail on a box"]))
+    )
     network = {
         "in_channels": 3,
         "out_channels": 3,

@@ -5,16 +5,15 @@ Every part remembers the plain dict it was built from as `part.config_dict`, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from darkroom.conditioning.classes import ClassEncoder, ClassEncoderConfig
 from darkroom.conditioning.conditioner import Conditioner
-from darkroom.conditioning.encoder import ConditionEncoder
-from darkroom.conditioning.text import TextEncoder, TextEncoderConfig
-from darkroom.conditioning.tokenizer import WordPieceTokenizer
+from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
+from darkroom.conditioning.encoders import ENCODERS
 from darkroom.config import from_dict, nearest, to_dict
 from darkroom.denoiser import Denoiser, DenoiserConfig
 from darkroom.diffusion.schedules import make_schedule
@@ -26,11 +25,6 @@ from darkroom.first_stage.preview import PreviewDecoder, PreviewDecoderConfig
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
 from darkroom.networks.unet import UNet
 from darkroom.pixel_format import PixelFormat
-
-ENCODERS: dict[str, type[ClassEncoderConfig] | type[TextEncoderConfig]] = {
-    "class": ClassEncoderConfig,
-    "text": TextEncoderConfig,
-}
 
 
 def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
@@ -90,74 +84,46 @@ def build_denoiser(config: Mapping[str, Any]) -> Denoiser:
     return denoiser
 
 
-def build_encoder(
-    config: ClassEncoderConfig | TextEncoderConfig, tokenizer: WordPieceTokenizer | None
-) -> ConditionEncoder:
-    """One condition encoder; text needs its tokenizer."""
-    if isinstance(config, ClassEncoderConfig):
-        return ClassEncoder(config)
-    if tokenizer is None:
-        raise DarkroomError(
-            "a text encoder needs its tokenizer: train it on captions, or keep it in the model's config"
-        )
-    tower = TextTransformer(
-        TextTransformerConfig(
-            vocabulary_size=tokenizer.vocabulary_size,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            head_width=config.head_width,
-            length=config.length,
-            dropout=config.dropout,
-        )
-    )
-    return TextEncoder(
-        tower, tokenizer, config.length, config.drop_rate, config.use_mask, config.field, vector=config.vector
-    )
+def _parts(first_stage: FirstStage | None) -> Parts:
+    """What condition encoders may be handed; `encode` gives the posterior's mode."""
+
+    def transformer(**options: Any) -> TextTransformer:
+        return TextTransformer(TextTransformerConfig(**options))
+
+    if first_stage is None:
+        return Parts(transformer=transformer)
+
+    @torch.no_grad()
+    def encode(image: Tensor, normalised: bool) -> Tensor:
+        latent = first_stage.encode(image.to(first_stage.device)).mode().float()
+        return latent if normalised else first_stage.denormalise(latent)
+
+    return Parts(encode, first_stage.downsampling, first_stage.latent_channels, first_stage.image_channels, transformer)
 
 
-def build_conditioner(config: Mapping[str, Any]) -> Conditioner:
-    """A conditioner from {"encoders": {name: encoder config, for text with its "tokenizer"}}."""
+def build_conditioner(config: Mapping[str, Any], first_stage: FirstStage | None = None) -> Conditioner:
+    """A conditioner from {"encoders": {name: the dict form of a complete encoder config}}. Encoders that need latents
+    encode with `first_stage`, and do not own it."""
     unknown = set(config) - {"encoders"}
     if unknown:
         raise DarkroomError(f'unknown key "conditioner.{min(unknown)}"{nearest(min(unknown), ["encoders"])}')
+    parts = _parts(first_stage)
     encoders: dict[str, ConditionEncoder] = {}
     for name, entry in config.get("encoders", {}).items():
-        entry = dict(entry)
-        tokenizer = WordPieceTokenizer.from_json(entry.pop("tokenizer")) if "tokenizer" in entry else None
         kind = entry.get("kind")
         if kind not in ENCODERS:
             raise DarkroomError(f'"conditioner.{name}.kind" is {kind!r}{nearest(str(kind), ENCODERS)}')
-        encoders[name] = build_encoder(from_dict(ENCODERS[kind], entry, f"conditioner.{name}"), tokenizer)
+        encoder = ENCODERS[kind]
+        encoders[name] = encoder.build(from_dict(encoder.config_class, entry, f"conditioner.{name}"), parts)
     conditioner = Conditioner(encoders)
     conditioner.config_dict = dict(config)  # type: ignore[assignment]
     return conditioner
 
 
-def conditioner_config(
-    encoders: Mapping[str, ClassEncoderConfig | TextEncoderConfig],
-    class_names: Sequence[str] | None,
-    captions: Sequence[str] | None,
-) -> dict[str, Any]:
-    """The complete conditioner config of a recipe on given data: class names from the data where the recipe names none,
+def conditioner_config(encoders: Mapping[str, EncoderConfig], data: DataFacts) -> dict[str, Any]:
+    """The complete conditioner config of a recipe on given data: names of classes that the recipe does not state, a
     tokenizer trained on the captions."""
-    result: dict[str, Any] = {}
-    for name, config in encoders.items():
-        entry = to_dict(config)
-        if isinstance(config, ClassEncoderConfig) and not config.classes:
-            if not class_names:
-                raise DarkroomError(
-                    f'"conditioner.{name}" needs classes, but the data has none: use class folders or .cls'
-                )
-            entry["classes"] = list(class_names)
-        if isinstance(config, TextEncoderConfig):
-            if not captions:
-                raise DarkroomError(
-                    f'"conditioner.{name}" needs captions, but the data has none: add metadata.jsonl or .txt files'
-                )
-            entry["tokenizer"] = WordPieceTokenizer.train(captions, config.vocabulary_size).to_json()
-        result[name] = entry
-    return {"encoders": result}
+    return {"encoders": {name: to_dict(config.completed(name, data)) for name, config in encoders.items()}}
 
 
 def denoiser_config(

@@ -94,6 +94,7 @@ class Denoiser(nn.Module):
             network_input = edm_scalings(level.like(x), self.sigma_data)[2] * x
         # The time is cast before it is moved: some devices have no float64.
         time = replace(level, time=level.time.to(x.dtype)).like(x).time
+        conditioning = None if conditioning is None else conditioning.spread(*x.shape[2:])
         parameter = next(self.network.parameters(), None)
         if parameter is not None and parameter.dtype != x.dtype:
             network_input = network_input.to(parameter.dtype)

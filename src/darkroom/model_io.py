@@ -113,7 +113,9 @@ def load(
     index = read_index(path)
     if weights == "live" and not any((place / WEIGHTS["live"]).is_file() for place in index.parts.values()):
         raise DarkroomError(f'{path} holds no live weights; use weights="ema"')
-    parts = {part: _load_part(part, place, weights) for part, place in index.parts.items()}
+    parts: dict[str, Any] = {}
+    for part in sorted(index.parts, key=list(_BUILD).index):  # encoders of conditions may need the first stage
+        parts[part] = _load_part(part, index.parts[part], weights, parts.get("first_stage"))
     first_stage = parts.get("first_stage")
     if first_stage is not None:
         _remember_reference(first_stage, index)
@@ -250,7 +252,7 @@ class _SkipInitialisation(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _load_part(part: str, folder: Path, weights: str) -> Any:
+def _load_part(part: str, folder: Path, weights: str, first_stage: FirstStage | None = None) -> Any:
     """Build a part from its config and fill it; every tensor must be there and fit."""
     config = read_json(folder / CONFIG, "config")
     file = folder / WEIGHTS[weights]
@@ -258,7 +260,7 @@ def _load_part(part: str, folder: Path, weights: str) -> Any:
         file = folder / WEIGHTS["ema"]
     tensors = read_safetensors(file)
     with _SkipInitialisation():
-        module = _BUILD[part](config)
+        module = build_conditioner(config, first_stage) if part == "conditioner" else _BUILD[part](config)
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

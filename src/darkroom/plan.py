@@ -136,8 +136,8 @@ class Planner:
         self.recipe, self.data, self.device = recipe, data, device
         self.first_stage = self._first_stage()
         self._check_images()
-        config = conditioner_config(recipe.conditioner, data.class_names, data.captions())
-        self.conditioner = build_conditioner(config)
+        config = conditioner_config(recipe.conditioner, data)
+        self.conditioner = build_conditioner(config, self.first_stage)
         channels = recipe.data.channels if self.first_stage is None else self.first_stage.latent_channels
         self.denoiser_config = denoiser_config(recipe.denoiser, stated or {}, channels, self.conditioner)
         self.denoiser = build_denoiser(self.denoiser_config)

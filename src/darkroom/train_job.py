@@ -485,11 +485,10 @@ class _Job:
         if kept.is_file():
             config = json.loads(kept.read_text())
         else:
-            names = self.data.class_names
-            config = conditioner_config(recipe.conditioner, names, self.data.captions())
+            config = conditioner_config(recipe.conditioner, self.data)
             if self.world.is_main:
                 _write_json(kept, config)
-        conditioner = build_conditioner(config)
+        conditioner = build_conditioner(config, first_stage)
         channels = recipe.data.channels if first_stage is None else first_stage.latent_channels
         return build_denoiser(denoiser_config(recipe.denoiser, {}, channels, conditioner)), conditioner
 

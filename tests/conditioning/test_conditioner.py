@@ -60,6 +60,14 @@ class ConcatEncoder(ConditionEncoder):
         return Conditioning(concat=torch.zeros(batch_size, self.widths["concat"], 4, 4))
 
 
+class FlatEncoder(ConcatEncoder):
+    """One number per example, the same at every place."""
+
+    def encode(self, values: Sequence[Any] | Tensor) -> Conditioning:
+        assert isinstance(values, Tensor)
+        return Conditioning(concat=values[:, None, None, None])
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -221,6 +229,52 @@ def test_vectors_and_maps_are_joined() -> None:
     result = conditioner({**batch(), **maps})
     assert result.vector.shape == (4, 11) and result.concat.shape == (4, 4, 4, 4)
     assert result.concat[:, :3].all() and not result.concat[:, 3:].any()
+
+
+def test_a_map_of_one_pixel_is_spread() -> None:
+    conditioner = Conditioner({"low": ConcatEncoder("low_resolution", 3), "edges": FlatEncoder("edges", 1)})
+    low = torch.randn(2, 3, 4, 6)
+    result = conditioner({"low_resolution": low, "edges": torch.tensor([2.0, 5.0])})
+    assert torch.equal(result.concat[:, :3], low)
+    assert torch.equal(result.concat[:, 3], torch.tensor([2.0, 5.0])[:, None, None].expand(2, 4, 6))
+    alone = Conditioner({"edges": FlatEncoder("edges", 1)})({"edges": torch.tensor([2.0, 5.0])})
+    assert alone.concat.shape == (2, 1, 1, 1) and torch.equal(alone.spread(4, 6).concat, result.concat[:, 3:])
+    assert result.spread(4, 6) is result and Conditioning().spread(4, 6) == Conditioning()
+    with pytest.raises(DarkroomError, match=r"differ in size \(6x4, 8x8\)"):
+        Conditioner({"a": ConcatEncoder("a", 3), "b": ConcatEncoder("b", 3)})({"a": low, "b": torch.zeros(2, 3, 8, 8)})
+
+
+def test_absent_encoders_are_null_and_the_others_untouched() -> None:
+    conditioner = Conditioner({"text": text_encoder(), "class": class_encoder()})
+    whole, null, result = conditioner(batch()), conditioner.null(4), conditioner(batch(), absent=["class"])
+    assert torch.equal(result.context[:, :6], whole.context[:, :6])
+    assert torch.equal(result.context[:, 6:], null.context[:, 6:])
+
+
+def test_an_encoder_of_two_fields_gets_both_and_is_null_without_one() -> None:
+    class Sum(ConcatEncoder):
+        def encode(self, values: Any) -> Conditioning:
+            return Conditioning(concat=values["image"] + values["repaint_mask"])
+
+    encoder = Sum("image", 3)
+    encoder.fields = ("image", "repaint_mask")
+    conditioner = Conditioner({"sum": encoder})
+    assert conditioner.fields == ("image", "repaint_mask") and encoder.field == "repaint_mask"
+    two = {"image": torch.ones(2, 3, 4, 4), "repaint_mask": torch.ones(2, 1, 4, 4)}
+    assert bool((conditioner(two).concat == 2).all())
+    assert bool((conditioner(two | {"repaint_mask": None}).concat == 0).all())
+
+
+def test_values_are_augmented_in_training_only() -> None:
+    class Noisy(ConcatEncoder):
+        def augment(self, values: Any, generator: torch.Generator) -> Any:
+            return values + torch.rand(1, generator=generator)
+
+    conditioner = Conditioner({"low": Noisy("low_resolution", 3)})
+    values = {"low_resolution": torch.zeros(2, 3, 4, 4)}
+    assert not conditioner(values).concat.any()
+    first, again = (conditioner(values, generator(9)).concat for _ in range(2))
+    assert bool((first > 0).all()) and torch.equal(first, again)
 
 
 def test_empty_conditioner() -> None:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from darkroom.conditioning.encoder import ConditionEncoder
+from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
 
 
 @dataclass
-class ClassEncoderConfig:
+class ClassEncoderConfig(EncoderConfig):
     """classes:    their names, in the order of the labels in the data
     width:      D of the embedding; not used for the slot `label`
     slot:       "context": one token (B, 1, D) for cross-attention, as in the paper; "vector": (B, D);
@@ -30,16 +30,24 @@ class ClassEncoderConfig:
     """
 
     kind: str = "class"
+    field: str = "class_label"
     classes: list[str] = dataclass_field(default_factory=list)
     width: int | None = None
     slot: str = "context"
-    drop_rate: float = 0.1
     null_class: bool = True
-    field: str = "class_label"
+
+    def completed(self, name: str, data: DataFacts) -> Self:
+        if self.classes:
+            return self
+        if not data.class_names:
+            raise DarkroomError(f'"conditioner.{name}" needs classes, but the data has none: use class folders or .cls')
+        return replace(self, classes=list(data.class_names))
 
 
 class ClassEncoder(ConditionEncoder):
     """Class names or numbers -> one slot. Parameter name `embedding.weight` as in the official code."""
+
+    config_class = ClassEncoderConfig
 
     def __init__(self, config: ClassEncoderConfig) -> None:
         rows = len(config.classes) + int(config.null_class)
@@ -51,9 +59,8 @@ class ClassEncoder(ConditionEncoder):
             raise DarkroomError(f"class encoder: the slot {config.slot!r} needs a width")
         if config.drop_rate > 0 and not config.null_class:
             raise DarkroomError("class encoder: drop_rate needs a null class; set null_class or drop_rate: 0")
-        super().__init__(
-            config.field, {config.slot: rows if config.slot == "label" else config.width or 0}, config.drop_rate
-        )
+        width = rows if config.slot == "label" else config.width or 0
+        super().__init__(config.field, {config.slot: width}, config.drop_rate, config.guidance_scale)
         self.config = config
         self._index = {name: i for i, name in enumerate(config.classes)}
         if len(self._index) != len(config.classes):

@@ -5,13 +5,13 @@ Shapes: B batch, L tokens, D width, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from darkroom.conditioning.encoder import ConditionEncoder
+from darkroom.conditioning.encoder import ConditionEncoder, batch_values
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
 
@@ -62,31 +62,38 @@ class Conditioner(nn.Module):
     @property
     def fields(self) -> tuple[str, ...]:
         """Fields that a batch must have."""
-        return tuple(dict.fromkeys(e.field for _, e in self._items()))
+        return tuple(dict.fromkeys(field for _, e in self._items() for field in e.fields))
 
-    def forward(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """Encode the batch's fields; a field whose value is None is null for the whole batch.
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None, absent: Collection[str] = ()
+    ) -> Conditioning:
+        """Encode the batch's fields; a field whose value is None is null for the whole batch, and so are the encoders
+        whose names are in `absent`.
 
-        With a (CPU) generator each encoder drops each example by its drop_rate. The draws are made for every encoder,
-        also for a rate of 0, so that changing one rate leaves the other encoders' draws as they are.
+        With a (CPU) generator each encoder drops each example by its drop_rate and augments its values. The draws are
+        made for every encoder, also for a rate of 0, so that changing one rate leaves the other encoders' draws as they
+        are.
         """
         for name, encoder in self._items():
-            if encoder.field not in batch:
-                raise DarkroomError(
-                    f"conditioner: the encoder {name!r} reads the field {encoder.field!r}, but the data has "
-                    f"{', '.join(sorted(batch))}; add it to the data or remove the encoder"
-                )
+            for field in encoder.fields:
+                if field not in batch:
+                    raise DarkroomError(
+                        f"conditioner: the encoder {name!r} reads the field {field!r}, but the data has "
+                        f"{', '.join(sorted(batch))}; add it to the data or remove the encoder"
+                    )
         parts = []
         size = self._batch_size(batch)
-        for _, encoder in self._items():
+        for name, encoder in self._items():
             keep = None if generator is None else torch.rand(size, generator=generator) >= encoder.drop_rate
-            values = batch[encoder.field]
-            if values is None:
+            values = batch_values(batch, encoder.fields)
+            if values is None or name in absent:
                 parts.append(encoder.null(size))
-            elif keep is None or bool(keep.all()):
-                parts.append(encoder.encode(values))
-            else:
-                parts.append(encoder.encode_kept(values, keep))
+                continue
+            if generator is not None:
+                values = encoder.augment(values, generator)
+            parts.append(
+                encoder.encode(values) if keep is None or bool(keep.all()) else encoder.encode_kept(values, keep)
+            )
         return merge(parts)
 
     def null(self, batch_size: int) -> Conditioning:
@@ -109,7 +116,7 @@ def merge(parts: Sequence[Conditioning]) -> Conditioning:
     if any(p.context_mask is not None for p in parts):
         mask = torch.cat([_mask(p) for p in parts if p.context is not None], dim=1)
     vectors = [p.vector for p in parts if p.vector is not None]
-    concats = [p.concat for p in parts if p.concat is not None]
+    concats = _same_size([p.concat for p in parts if p.concat is not None])
     return Conditioning(
         context=torch.cat(contexts, dim=1) if contexts else None,
         context_mask=mask,
@@ -125,3 +132,14 @@ def _mask(part: Conditioning) -> Tensor:
     if part.context_mask is not None:
         return part.context_mask
     return torch.ones(part.context.shape[:2], dtype=torch.bool, device=part.context.device)
+
+
+def _same_size(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (B, C, h, w), those of one pixel spread to the size of the others."""
+    sizes = {(m.shape[2], m.shape[3]) for m in maps} - {(1, 1)}
+    if len(sizes) > 1:
+        found = ", ".join(f"{w}x{h}" for h, w in sorted(sizes))
+        raise DarkroomError(
+            f"conditioner: maps of the slot 'concat' differ in size ({found}); they must be the latent's"
+        )
+    return [m.expand(-1, -1, *size) for size in (sizes or {(1, 1)}) for m in maps]

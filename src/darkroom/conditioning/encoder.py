@@ -1,51 +1,153 @@
-"""`ConditionEncoder`: turns one field of a batch into slots of a `Conditioning`, and knows what "nothing" looks like.
+"""`ConditionEncoder`: turns fields of a batch into slots of a `Conditioning`, and knows what "nothing" looks like.
 
-A new modality is a subclass of this, nothing else.
+A new modality is a subclass of this and of `EncoderConfig`, and a row in `encoders.py`; nothing else.
+
+Shapes: B batch, C channels, H W image size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
 
 
+class DataFacts(Protocol):
+    """What an encoder's config may learn from the data that it is trained on: see `darkroom.data.sources`."""
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def box_names(self) -> Sequence[str]: ...
+    @property
+    def map_names(self) -> Sequence[str]: ...
+    @property
+    def low_resolution_factor(self) -> int | None: ...
+    def captions(self) -> Sequence[str]: ...
+
+
+@dataclass
+class EncoderConfig:
+    """What every encoder has. The config of an encoder extends it, with its own `kind`.
+
+    kind:      which encoder, a name of the table in `encoders.py`
+    field:     the field of the batch that it reads
+    drop_rate: share of training examples for which the null condition takes the place of the real one, which is what
+               classifier-free guidance needs (Ho & Salimans 2022). A condition that is never dropped stays on both
+               sides of guidance
+    guidance_scale: how closely to follow this condition, when each has a scale of its own; null: that of the request
+    """
+
+    kind: str = ""
+    field: str = ""
+    drop_rate: float = 0.1
+    guidance_scale: float | None = None
+
+    def completed(self, name: str, data: DataFacts) -> Self:
+        """The config with what the data decides: classes, a tokenizer. `name` is for messages."""
+        return self
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an encoder may be handed when it is built, because it must not import it.
+
+    encode:          images (B, C, H, W) in [-1, 1] -> latents (B, E, h, w), normalised or as the autoencoder gives them
+    downsampling:    pixels of an image per pixel of its latent, along each side
+    latent_channels, image_channels: E and C
+    transformer:     makes the text tower of the paper from the options of `networks.text.TextTransformerConfig`
+    """
+
+    encode: Callable[[Tensor, bool], Tensor] | None = None
+    downsampling: int = 1
+    latent_channels: int = 4
+    image_channels: int = 3
+    transformer: Callable[..., nn.Module] | None = None
+
+    def needed_encode(self, kind: str) -> Callable[[Tensor, bool], Tensor]:
+        if self.encode is None:
+            raise DarkroomError(f"a condition of kind {kind!r} needs latents of images: give the model a first stage")
+        return self.encode
+
+
 class ConditionEncoder(nn.Module, ABC):
     """One encoder of a `Conditioner`.
 
-    field:     the field of the batch that it reads
+    fields:    the fields of the batch that it reads; `encode` is given the value of one, or a dict of several
     widths:    for each slot that it fills the size the network must expect: D of `context` and `vector`, C of `concat`,
                the number of classes (with the null class) of `label`
-    drop_rate: share of training examples for which the null condition takes the place of the real one, which is what
-               classifier-free guidance needs (Ho & Salimans 2022)
+    drop_rate, guidance_scale: see `EncoderConfig`
     """
 
-    def __init__(self, field: str, widths: dict[str, int], drop_rate: float) -> None:
+    config_class: ClassVar[type[EncoderConfig]] = EncoderConfig
+
+    def __init__(
+        self,
+        fields: str | tuple[str, ...],
+        widths: dict[str, int],
+        drop_rate: float,
+        guidance_scale: float | None = None,
+    ) -> None:
         super().__init__()
         if not 0.0 <= drop_rate <= 1.0:
             raise DarkroomError(f"conditioner: drop_rate is {drop_rate}; give a share between 0 and 1")
-        self.field = field
+        self.fields = (fields,) if isinstance(fields, str) else fields
         self.widths = widths
         self.drop_rate = drop_rate
+        self.guidance_scale = guidance_scale
+
+    @classmethod
+    def build(cls, config: Any, parts: Parts) -> ConditionEncoder:
+        """The encoder of a complete config; override it to take something of `parts`."""
+        make: Callable[[Any], ConditionEncoder] = cls
+        return make(config)
+
+    @property
+    def field(self) -> str:
+        """The field that a person gives; with several the last, such as the mask of a masked image."""
+        return self.fields[-1]
 
     @property
     def slots(self) -> tuple[str, ...]:
         return tuple(self.widths)
 
     @abstractmethod
-    def encode(self, values: Sequence[Any] | Tensor) -> Conditioning:
+    def encode(self, values: Any) -> Conditioning:
         """The batch's values of the field, B of them -> slots of B examples."""
 
     @abstractmethod
     def null(self, batch_size: int) -> Conditioning:
-        """The absence of the condition, with the same slots and sizes as `encode` gives."""
+        """The absence of the condition, in the slots of `encode`. A map that is the same everywhere may have one pixel:
+        (B, C, 1, 1) is spread over the latent."""
 
-    def encode_kept(self, values: Sequence[Any] | Tensor, keep: Tensor) -> Conditioning:
+    def encode_kept(self, values: Any, keep: Tensor) -> Conditioning:
         """`encode` where keep (B,) bool is True, `null` elsewhere. Override it where dropping the value first is
         cheaper than encoding both."""
-        return Conditioning.where(keep, self.encode(values), self.null(len(values)))
+        return Conditioning.where(keep, self.encode(values), self.null(len(keep)))
+
+    def augment(self, values: Any, generator: torch.Generator) -> Any:
+        """What training adds to the values before they are encoded, such as noise, drawn from the generator."""
+        return values
+
+    def from_request(self, value: Any, size: tuple[int, int]) -> Any:
+        """What someone asked for one image of (width, height) -> one example's value, as the data would give it."""
+        return value
+
+    def several(self, value: Any) -> bool:
+        """Whether a value of a request is a list with one entry per image, not one value for all of them."""
+        return isinstance(value, (list, tuple))
+
+
+def batch_values(batch: Mapping[str, Any], fields: Collection[str]) -> Any:
+    """What `encode` is given: the value of the only field, a dict of several, or None if one is missing or None."""
+    found = {name: batch.get(name) for name in fields}
+    if any(value is None for value in found.values()):
+        return None
+    return next(iter(found.values())) if len(found) == 1 else found

@@ -19,7 +19,7 @@ class Conditioning:
     context:      (B, L, D) tokens for cross-attention
     context_mask: (B, L) bool, True = a real token, False = padding that attention must not see
     vector:       (B, D) pooled embedding added to the time embedding
-    concat:       (B, C, H, W) maps joined to the latent's channels
+    concat:       (B, C, H, W) maps joined to the latent's channels; (B, C, 1, 1) means the same everywhere
     label:        (B,) integers for networks that embed classes themselves
     """
 
@@ -37,6 +37,12 @@ class Conditioning:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Move all slots; `dtype` applies to floating-point slots only."""
         return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def spread(self, height: int, width: int) -> Conditioning:
+        """Maps of one pixel as large as the latent; everything else as it is."""
+        if self.concat is None or self.concat.shape[2:] != (1, 1) or (height, width) == (1, 1):
+            return self
+        return replace(self, concat=self.concat.expand(-1, -1, height, width))
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
         """The same slots for some examples of the batch."""

@@ -116,7 +116,7 @@ class ImageDataset(ABC):
     """Examples by number. `fields` are those that every example has."""
 
     fields: tuple[str, ...]
-    class_names: list[str]  # names of `class_label` and `segmentation` ids
+    class_names: list[str]  # names of `class_label`
     box_names: list[str]  # names of the classes in `boxes`
     problems: list[tuple[str, str]]  # what was left out: (name, reason)
     digest: str  # changes when any example changes
@@ -126,6 +126,16 @@ class ImageDataset(ABC):
         self.config, self.split = config, split
         self.class_names, self.box_names, self.problems = [], [], []
         self.replaced = {}
+
+    @property
+    def map_names(self) -> list[str]:
+        """Names of the ids in `segmentation`: those of the classes, unless the source says otherwise."""
+        return self.class_names
+
+    @property
+    def low_resolution_factor(self) -> int | None:
+        """How many times larger than `low_resolution` the image is; None without that field."""
+        return None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -202,6 +212,10 @@ class ShapesDataset(ImageDataset):
         identity = ["shapes", shapes.VERSION, config.seed, split, self.size, self.kind, self.count]
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._captions: list[str] | None = None
+
+    @property
+    def map_names(self) -> list[str]:
+        return ["background", *shapes.SHAPES]
 
     def scene(self, index: int) -> shapes.Scene:
         if not 0 <= index < self.count:

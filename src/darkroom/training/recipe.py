@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from darkroom.conditioning.classes import ClassEncoderConfig
-from darkroom.conditioning.text import TextEncoderConfig
+from darkroom.conditioning.encoders import AnyEncoderConfig
 from darkroom.config import from_dict, merge, nearest, with_overrides
 from darkroom.data.sources import DataConfig
 from darkroom.denoiser import DenoiserConfig
@@ -111,7 +110,7 @@ class Recipe(LoopConfig):
     data: DataConfig = field(default_factory=DataConfig)
     first_stage: FirstStageChoice = field(default_factory=FirstStageChoice)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    conditioner: dict[str, ClassEncoderConfig | TextEncoderConfig] = field(default_factory=dict)
+    conditioner: dict[str, AnyEncoderConfig] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init_from: str | None = None
     perceptual: PerceptualRecipe | None = None
