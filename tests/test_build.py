@@ -14,19 +14,29 @@ from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.text import TextEncoderConfig
 from darkroom.denoiser import Denoiser, DenoiserConfig
 from darkroom.errors import DarkroomError
+from darkroom.networks.dit import DiTConfig
+from darkroom.networks.mmdit import MMDiTConfig
 from darkroom.networks.unet import UNetConfig
 
 TEXT = TextEncoderConfig(width=16, depth=1, heads=2, head_width=8, length=8, vocabulary_size=40)
 CAPTIONS = ["a red circle", "a blue square"]
 
 
-def parts(encoders: dict[str, Any], stated: dict[str, Any] | None = None) -> tuple[Denoiser, Conditioner]:
+UNET = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,))
+DIT = DiTConfig(hidden_size=32, depth=1, num_heads=2)
+MMDIT = MMDiTConfig(hidden_size=32, depth=1, num_heads=2)
+Network = UNetConfig | DiTConfig | MMDiTConfig
+
+
+def parts(
+    encoders: dict[str, Any], stated: dict[str, Any] | None = None, network: Network = UNET
+) -> tuple[Denoiser, Conditioner]:
     conditioner = build_conditioner(conditioner_config(encoders, Facts(["cat", "dog"], CAPTIONS)))
-    network = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,))
     config = DenoiserConfig(network=network)
     return build_denoiser(denoiser_config(config, stated or {}, 4, conditioner)), conditioner
 
 
+@pytest.mark.parametrize("kind", [UNET, DIT, MMDIT], ids=lambda c: c.kind)
 @pytest.mark.parametrize(
     ("encoders", "expected"),
     [
@@ -38,8 +48,16 @@ def parts(encoders: dict[str, Any], stated: dict[str, Any] | None = None) -> tup
         ({"class": ClassEncoderConfig(slot="label"), "text": TEXT}, (16, None, 3)),
     ],
 )
-def test_the_network_expects_what_the_conditioner_gives(encoders: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    denoiser, conditioner = parts(encoders)
+def test_the_network_expects_what_the_conditioner_gives(
+    kind: Network, encoders: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    if kind is MMDIT and expected[0] is None:
+        with pytest.raises(DarkroomError, match="needs a context"):
+            parts(encoders, network=kind)
+        return
+    denoiser, conditioner = parts(encoders, network=kind)
+    assert denoiser.config_dict["network"]["kind"] == kind.kind
+    assert build_denoiser(denoiser.config_dict).config_dict == denoiser.config_dict
     network: Any = denoiser.network
     assert (network.config.context_dim, network.config.adm_in_channels, network.config.num_classes) == expected
     assert network.config.in_channels == network.config.out_channels == 4

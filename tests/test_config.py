@@ -29,6 +29,7 @@ class Inner:
     size: int | tuple[int, int] = 64
     mode: Literal["fast", "slow"] = "fast"
     pet: Cat | Dog | None = None
+    guest: Cat | Dog = field(default_factory=Dog)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Outer:
 def test_round_trip_keeps_every_value() -> None:
     outer = Outer(3, Inner(0.25, (64, 32), "slow", Dog(tricks=("sit",))), {"a": Cat(lives=7)})
     assert from_dict(Outer, to_dict(outer)) == outer
+
+
+def test_without_a_kind_the_default_one_is_meant() -> None:
+    assert from_dict(Inner, {"guest": {"tricks": ["sit"]}}).guest == Dog(tricks=("sit",))
+    assert from_dict(Inner, {"guest": {"kind": "cat"}}).guest == Cat()
+    for where in ("pet", "guest"):  # no default, and the other one's option
+        with pytest.raises(DarkroomError):
+            from_dict(Inner, {where: {"lives": 3}})
 
 
 @pytest.mark.parametrize(

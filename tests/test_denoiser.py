@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gaussian_mixture import GaussianMixture
@@ -50,9 +52,13 @@ class Recorder(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones((), dtype=dtype))
+        self.targets: list[Tensor | None] = []
         self.calls: list[tuple[Tensor, Tensor, Conditioning | None]] = []
 
-    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning | None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, conditioning: Conditioning | None, target_time: Tensor | None = None
+    ) -> Tensor:
+        self.targets.append(target_time)
         self.calls.append((x, time, conditioning))
         return self.weight * x
 
@@ -151,3 +157,16 @@ def test_sigma_data_lives_in_the_schedule() -> None:
     schedule = make_schedule(ScheduleConfig(kind="edm", sigma_data=0.7))
     assert Denoiser(Recorder(), schedule, "edm").sigma_data == 0.7
     assert Denoiser(Recorder(), schedule, "edm", sigma_data=0.3).sigma_data == 0.3
+
+
+def test_the_target_time_reaches_the_network() -> None:
+    """As (B,) in the dtype of x, beside the time; without one the network is called as ever."""
+    schedule, network, x = make_schedule(ScheduleConfig(kind="flow")), Recorder(), torch.zeros(2, 4, 8, 8)
+    denoiser = Denoiser(network, schedule, "velocity")
+    level = schedule.level(800.0)
+    denoiser(x, level)
+    denoiser(x, replace(level, target_time=torch.tensor(250.0, dtype=torch.float64)))
+    denoiser(x, replace(level, target_time=torch.tensor([0.0, 250.0])))
+    none, scalar, each = network.targets
+    assert none is None and scalar is not None and each is not None
+    assert scalar.tolist() == [250.0, 250.0] and scalar.dtype == x.dtype and each.tolist() == [0.0, 250.0]

@@ -5,11 +5,11 @@ Every part remembers the plain dict it was built from as `part.config_dict`, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
@@ -22,9 +22,13 @@ from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder, IdentityConfig
 from darkroom.first_stage.preview import PreviewDecoder, PreviewDecoderConfig
+from darkroom.networks.dit import DiT
+from darkroom.networks.mmdit import MMDiT
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
 from darkroom.networks.unet import UNet
 from darkroom.pixel_format import PixelFormat
+
+NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 
 
 def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
@@ -76,7 +80,7 @@ def build_preview(
 def build_denoiser(config: Mapping[str, Any]) -> Denoiser:
     """A denoiser from the dict form of `DenoiserConfig`."""
     denoiser_config = from_dict(DenoiserConfig, config, "denoiser")
-    network = UNet(denoiser_config.network)
+    network = NETWORKS[denoiser_config.network.kind](denoiser_config.network)
     denoiser = Denoiser(
         network, make_schedule(denoiser_config.schedule), denoiser_config.prediction_type, denoiser_config.sigma_data
     )
@@ -138,12 +142,13 @@ def denoiser_config(
         "in_channels": latent_channels + conditioner.concat_channels,
         "out_channels": latent_channels,
         "context_dim": conditioner.context_dim,
-        "use_spatial_transformer": conditioner.context_dim is not None,
         "adm_in_channels": conditioner.vector_dim,
         # A kind of embedding ("sequential") is a choice, a number of classes follows.
         "num_classes": conditioner.label_count
         or (network.num_classes if isinstance(network.num_classes, str) else None),
     }
+    if network.kind == "unet":
+        derived["use_spatial_transformer"] = conditioner.context_dim is not None
     if network.num_classes == "continuous" and conditioner.vector_dim != 1:
         raise DarkroomError(
             f'"denoiser.network.num_classes" is "continuous", which embeds one number, but the conditioner gives '

@@ -1,7 +1,7 @@
 """Plain dicts <-> dataclasses, strictly: an unknown key, a wrong type or a missing value is one clear line.
 
 Configs are plain dataclasses beside what they configure. A field annotated with a union of dataclasses is chosen by
-the `kind` key, whose value is the default of the dataclass's own field `kind`.
+the `kind` key, whose value is the default of the dataclass's own field `kind`; without it the field's default counts.
 """
 
 from __future__ import annotations
@@ -52,11 +52,25 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
             raise DarkroomError(f'unknown key "{path}"{nearest(str(key), fields)}')
         if value is None and not _takes_none(hints[key]):
             continue  # cannot be off: its default
+        default = fields[key].default_factory
+        if isinstance(value, Mapping) and default in _alternatives(hints[key]):
+            value = {"kind": kind_of(default), **value}
         values[key] = _convert(hints[key], value, path)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise DarkroomError(f'missing key "{where + "." if where else ""}{name}"')
     return cls(**values)
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The dataclasses of a union, of which `kind` chooses one; none where there is no choice."""
+    classes = [option for option in get_args(hint) if dataclasses.is_dataclass(option)]
+    return classes if len(classes) > 1 else []
+
+
+def kind_of(cls: Any) -> str:
+    """The `kind` by which a dataclass is chosen from a union."""
+    return str(next(f.default for f in dataclasses.fields(cls) if f.name == "kind"))
 
 
 def _takes_none(hint: Any) -> bool:
@@ -113,7 +127,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, path: str) -> Any:
     if classes and isinstance(value, tuple(c for c in classes if isinstance(c, type))):
         return value
     if len(classes) > 1 and isinstance(value, Mapping):
-        kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
+        kinds = {kind_of(c): c for c in classes}
         kind = value.get("kind")
         if kind not in kinds:
             raise DarkroomError(f'"{path}.kind" is {kind!r}{nearest(str(kind), [str(k) for k in kinds])}')

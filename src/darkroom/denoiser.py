@@ -24,14 +24,22 @@ from darkroom.diffusion.prediction import (
 )
 from darkroom.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from darkroom.errors import DarkroomError
+from darkroom.networks.dit import DiTConfig
+from darkroom.networks.mmdit import MMDiTConfig
 from darkroom.networks.unet import UNetConfig
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Everything a denoiser is built from. sigma_data None: the schedule's own."""
+    """Everything a denoiser is built from.
 
-    network: UNetConfig = field(default_factory=UNetConfig)
+    network: its `kind` is "unet" (the default), "dit" or "mmdit"; each has its own sizes and options
+    schedule: how much noise there is at which time
+    prediction_type: what the network says
+    sigma_data: standard deviation of x0 that `edm` assumes; null: the schedule's own
+    """
+
+    network: UNetConfig | DiTConfig | MMDiTConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prediction_type: Literal["epsilon", "x0", "v", "velocity", "edm"] = "epsilon"
     sigma_data: float | None = None
@@ -56,7 +64,8 @@ class Denoiser(nn.Module):
     """The preconditioned network.
 
     network(x (B, C, H, W), time (B,), conditioning) -> raw (B, C, H, W); with `edm` it is given c_in*x.
-    `time` is level.time: 0..T-1 for DDPM tables, T*sigma for flows, log(sigma)/4 (c_noise) for EDM.
+    `time` is level.time: 0..T-1 for DDPM tables, T*sigma for flows, log(sigma)/4 (c_noise) for EDM. Where the level has
+    a target_time the network is given it as a fourth argument; see the option target_time of each network.
     """
 
     def __init__(
@@ -93,13 +102,15 @@ class Denoiser(nn.Module):
         if self.prediction_type == "edm":
             network_input = edm_scalings(level.like(x), self.sigma_data)[2] * x
         # The time is cast before it is moved: some devices have no float64.
-        time = replace(level, time=level.time.to(x.dtype)).like(x).time
+        target = None if level.target_time is None else level.target_time.to(x.dtype)
+        at = replace(level, time=level.time.to(x.dtype), target_time=target).like(x)
         conditioning = None if conditioning is None else conditioning.spread(*x.shape[2:])
         parameter = next(self.network.parameters(), None)
         if parameter is not None and parameter.dtype != x.dtype:
             network_input = network_input.to(parameter.dtype)
             conditioning = None if conditioning is None else conditioning.to(dtype=parameter.dtype)
-        raw = self.network(network_input, time, conditioning).to(x.dtype)
+        targets = () if at.target_time is None else (at.target_time,)
+        raw = self.network(network_input, at.time, conditioning, *targets).to(x.dtype)
         return Prediction(raw, self.x0_from_raw(raw, x, level))
 
     def x0_from_raw(self, raw: Tensor, x: Tensor, level: NoiseLevel) -> Tensor:

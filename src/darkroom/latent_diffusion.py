@@ -208,7 +208,7 @@ class LatentDiffusion(nn.Module):
         )
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        factor = self.downsampling * 2 ** (len(self._network_config.channel_mult) - 1)
+        factor = self.downsampling * self._network_config.size_multiple
         for name, value in zip(("width", "height"), size, strict=True):
             if value < factor or value % factor:
                 low = max(factor, value // factor * factor)

@@ -181,6 +181,10 @@ def guess_family(names: Iterable[str]) -> str:
             return f"the {part} of a Darkroom model folder"
     if has("input_blocks."):
         return "a bare U-Net in the layout of the paper's code"
+    if has("joint_blocks."):
+        return "a bare MMDiT in the layout of Stable Diffusion 3"
+    if has("blocks.") and has("x_embedder."):
+        return "a bare DiT in the official layout"
     return "a file of tensors of no known model"
 
 

@@ -55,6 +55,7 @@ class StagePlan:
     parameters: int
     seconds_per_step: float | None = None
     memory_gib: float | None = None
+    network: str = ""  # its kind, where there are several
 
     @property
     def seconds(self) -> float | None:
@@ -184,7 +185,7 @@ class Planner:
     def _check_size(self) -> None:
         """Sides that both stages can take, found before hours of training."""
         f = 1 if self.first_stage is None else self.first_stage.downsampling
-        factor = f * 2 ** (len(self.recipe.denoiser.network.channel_mult) - 1) if self.recipe.steps else f
+        factor = f * self.recipe.denoiser.network.size_multiple if self.recipe.steps else f
         width, height = self.recipe.data.width_height
         if width % factor or height % factor:
             near = " or ".join(f"{w}x{h}" for w, h in nearest_sizes(width, height, factor))
@@ -211,6 +212,7 @@ class Planner:
                 lambda: DenoiserStep(self.denoiser, self.conditioner, first_stage, recipe.objective),
                 measure,
             )
+            denoiser = replace(denoiser, network=recipe.denoiser.network.kind)
         return Plan(
             recipe=recipe.name,
             images=len(self.data),
@@ -375,7 +377,7 @@ def describe_plan(plan: Plan) -> str:
     for name, stage in (("first stage", plan.first_stage), ("denoiser", plan.denoiser)):
         if stage is None:
             continue
-        size = f"{stage.parameters / 1e6:.2f} M parameters"
+        size = f"{stage.network + ', ' if stage.network else ''}{stage.parameters / 1e6:.2f} M parameters"
         text = f"  {name:<12}{size}, {stage.steps} steps of {stage.images_per_step} images"
         if stage.seconds is not None and stage.memory_gib is not None:
             text += f", about {duration(stage.seconds)} ({stage.seconds / 3600:.2f} h), {stage.memory_gib:.1f} GiB"

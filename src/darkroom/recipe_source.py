@@ -16,7 +16,7 @@ from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage
 from darkroom.pixel_format import PixelFormat
 from darkroom.plan import automatic_recipe, check_crop
-from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve
+from darkroom.training.recipe import Recipe, find_recipe, read_recipe, resolve, with_changes
 
 # Of `denoiser.network`; they follow from the first stage and the conditioner.
 DERIVED_WIDTHS = ("in_channels", "out_channels", "context_dim", "adm_in_channels", "num_classes")
@@ -76,7 +76,7 @@ def new_recipe(
         settings["seed"] = seed
         if section(settings, "first_stage").get("train"):
             settings = with_overrides(settings, {"first_stage.train.seed": seed})
-    settings = with_overrides(settings, changes)
+    settings = with_changes(settings, changes)
     denoiser = settings.get("denoiser")
     network = denoiser.get("network") if isinstance(denoiser, dict) else None
     stated: dict[str, Any] = {}

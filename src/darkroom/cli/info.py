@@ -204,7 +204,8 @@ def _part_kind(part: str, config: dict[str, Any]) -> str:
     if part == "preview":
         return f"a decoder for live previews, f {config.get('downsampling')}, "
     if part == "denoiser":
-        return f"{config.get('prediction_type')}, schedule {config.get('schedule', {}).get('kind')}, "
+        network = config.get("network", {}).get("kind", "unet")
+        return f"{network}, {config.get('prediction_type')}, schedule {config.get('schedule', {}).get('kind')}, "
     return ""
 
 

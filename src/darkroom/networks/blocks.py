@@ -48,6 +48,23 @@ def zero_module(module: Module) -> Module:
     return module
 
 
+class TargetTime(nn.Module):
+    """time (B,), target_time (B,) or None -> (B, E): how far the network is asked to go at once, time - target_time.
+
+    For objectives that jump (consistency, mean flow: Geng et al. 2025, sec. 4.3 found the distance the best input).
+    None is no jump. Ours; the last layer starts at 0, so that a network with official weights keeps its function.
+    """
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), zero_module(nn.Linear(width, width)))
+
+    def forward(self, time: Tensor, target_time: Tensor | None) -> Tensor:
+        distance = torch.zeros_like(time) if target_time is None else time - target_time
+        return self.mlp(timestep_embedding(distance, self.features).to(next(self.parameters()).dtype))
+
+
 class GroupNorm(nn.GroupNorm):
     """(B, C, H, W) -> same: 32 groups as in the paper; widths that 32 does not divide get the largest common divisor.
 

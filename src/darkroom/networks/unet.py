@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +23,12 @@ from darkroom.networks.blocks import (
     GroupNorm,
     ResBlock,
     SpatialTransformer,
+    TargetTime,
     Upsample,
     timestep_embedding,
     zero_module,
 )
-
-
-class Slots(Protocol):
-    """What this network reads of a `Conditioning`: see `darkroom.conditioning.types`."""
-
-    @property
-    def context(self) -> Tensor | None: ...
-    @property
-    def context_mask(self) -> Tensor | None: ...
-    @property
-    def vector(self) -> Tensor | None: ...
-    @property
-    def concat(self) -> Tensor | None: ...
-    @property
-    def label(self) -> Tensor | None: ...
+from darkroom.networks.slots import Slots
 
 
 @dataclass
@@ -74,8 +60,10 @@ class UNetConfig:
     position_embedding:     tell every place where it lies in the picture (ours; off in the official models). Without it
                             a place is known only by its distance to zero padding, and small networks are slow to learn
                             what a caption says about left and right
+    target_time:            read the optional target time of one-step objectives (ours; its weights start at 0)
     """
 
+    kind: str = "unet"
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 128
@@ -101,6 +89,7 @@ class UNetConfig:
     dropout: float = 0.0
     use_checkpoint: bool = False
     position_embedding: bool = False
+    target_time: bool = False
 
     def __post_init__(self) -> None:
         self.channel_mult = tuple(self.channel_mult)
@@ -132,6 +121,11 @@ class UNetConfig:
             raise DarkroomError(f"unet: dropout is {self.dropout}; give a share from 0 to below 1")
         if not self.channel_mult or self.model_channels < 1:
             raise DarkroomError("unet: model_channels and channel_mult must describe at least one level of one channel")
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of the latent that are multiples of this are halved evenly by every level."""
+        return 2 ** (len(self.channel_mult) - 1)
 
     def res_blocks(self, level: int) -> int:
         return self.num_res_blocks if isinstance(self.num_res_blocks, int) else self.num_res_blocks[level]
@@ -215,6 +209,7 @@ class UNet(nn.Module):
         width = c.model_channels
         emb = 4 * width
         self.time_embed = _embedding_mlp(width, emb)
+        self.target_time_embed = TargetTime(emb, width) if c.target_time else None
         # One name for either kind in the official code; `vector_emb` is ours, for a label and a vector at once.
         self.label_emb: nn.Module | None = None
         self.vector_emb: nn.Module | None = None
@@ -286,7 +281,9 @@ class UNet(nn.Module):
         attentions = [m for m in self.modules() if isinstance(m, CrossAttention)]
         self.needs_context = any(m.to_k.in_features != m.to_q.in_features for m in attentions)
 
-    def forward(self, x: Tensor, time: Tensor, conditioning: Slots | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, conditioning: Slots | None = None, target_time: Tensor | None = None
+    ) -> Tensor:
         """x (B, C, H, W), time (B,) in the network's own units (0..T-1 for a table of T steps), any real number.
 
         The result has the dtype of x whatever the precision of the weights.
@@ -301,7 +298,7 @@ class UNet(nn.Module):
         self._check(h, context)
         if context is not None:
             context = context.to(dtype)
-        emb = self._embed(time, conditioning, dtype)
+        emb = self._embed(time, conditioning, dtype, target_time)
 
         # Layers keep this layout from here on.
         h = h.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -320,8 +317,10 @@ class UNet(nn.Module):
         norm, _, conv = self.out
         return conv(norm(h, silu=True)).to(x.dtype)
 
-    def _embed(self, time: Tensor, conditioning: Slots | None, dtype: torch.dtype) -> Tensor:
-        """(B,) time and the label and vector slots -> (B, E)."""
+    def _embed(
+        self, time: Tensor, conditioning: Slots | None, dtype: torch.dtype, target_time: Tensor | None
+    ) -> Tensor:
+        """(B,) times and the label and vector slots -> (B, E)."""
         label = None if conditioning is None else conditioning.label
         vector = None if conditioning is None else conditioning.vector
         takes_label = isinstance(self.config.num_classes, int)
@@ -332,6 +331,10 @@ class UNet(nn.Module):
                 cure = "num_classes" if name == "label" else "adm_in_channels"
                 raise DarkroomError(f"unet: this network {verb} the conditioning slot {name!r}; see its option {cure}")
         emb = self.time_embed(timestep_embedding(time, self.config.model_channels).to(dtype))
+        if self.target_time_embed is not None:
+            emb = emb + self.target_time_embed(time, target_time)
+        elif target_time is not None:
+            raise DarkroomError("unet: this network does not read a target time; see its option target_time")
         if label is not None:
             assert self.label_emb is not None
             emb = emb + self.label_emb(label)

@@ -161,12 +161,40 @@ def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     data.setdefault("name", path.stem)
     if base is None:
         return data
-    return merge(read_recipe(find_recipe(str(base), path.parent), (*_seen, path)), data)
+    settings = read_recipe(find_recipe(str(base), path.parent), (*_seen, path))
+    return merge(_without_other_kinds(settings, data), data)
+
+
+def _without_other_kinds(settings: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those parts that `change` makes another kind of: their options belong to the old kind."""
+    network = _entry(_entry(settings, "denoiser"), "network")
+    kind = _entry(_entry(change, "denoiser"), "network").get("kind")
+    if kind is not None and kind != network.get("kind", DenoiserConfig().network.kind):
+        settings = merge(settings, {"denoiser": {"network": None}})
+    encoders = _entry(settings, "conditioner")
+    for name, encoder in _entry(change, "conditioner").items():
+        kind = encoder.get("kind") if isinstance(encoder, Mapping) else None
+        if kind is not None and kind != _entry(encoders, name).get("kind", kind):
+            settings = merge(settings, {"conditioner": {name: None}})
+    return settings
+
+
+def _entry(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A mapping inside the settings; empty where it is missing or anything else, of which `from_dict` complains."""
+    value = settings.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`with_overrides` for recipes: {"denoiser.network.kind": "dit"} takes the options of the old kind away first."""
+    kinds = {key: value for key, value in changes.items() if key.endswith(".kind")}
+    settings = _without_other_kinds(dict(settings), with_overrides({}, kinds))
+    return with_overrides(settings, changes)
 
 
 def resolve(data: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Apply overrides and read strictly: misspelt keys, wrong types and impossible choices raise DarkroomError."""
-    return from_dict(Recipe, _with_image_channels(with_overrides(data, overrides or {})))
+    return from_dict(Recipe, _with_image_channels(with_changes(data, overrides or {})))
 
 
 def _with_image_channels(settings: dict[str, Any]) -> dict[str, Any]:
