@@ -25,7 +25,21 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "ddpm": [{}, {"variance": "beta"}, {"variance": 0.5}],
     "euler": [{}, {"churn": 20.0}],
     "heun": [{}, {"churn": 20.0}],
-    "dpm++2m": [{}, {"lower_order_final": True}],
+    "plms": [{}],
+    "euler_ancestral": [{}, {"eta": 0.5, "noise_scale": 0.9}],
+    "lms": [{}, {"order": 2}, {"frame": "flow"}],
+    "dpm": [{}, {"order": 3}],
+    "deis": [{}, {"lower_order_final": True}],
+    "dpm2": [{}, {"frame": "flow"}],
+    "dpm2_ancestral": [{}, {"eta": 0.5}],
+    "dpm++2s_ancestral": [{}, {"eta": 0.0}],
+    "dpm++sde": [{}, {"r": 0.4}],
+    "dpm++2m": [{}, {"lower_order_final": True}, {"correction": "heun"}],
+    "dpm++2m_sde": [{}, {"correction": "heun"}],
+    "dpm++3m": [{}],
+    "dpm++3m_sde": [{}, {"eta": 0.5}],
+    "unipc": [{}, {"variant": "bh1"}, {"order": 3}],
+    "lcm": [{}],
 }
 RUNS = [(name, options) for name in SOLVERS for options in OPTIONS[name]]
 

@@ -10,13 +10,14 @@ from functools import cache
 import pytest
 import torch
 from ldm_checkpoints import TinyModel
-from parity_data import Case, load_case, make_input
+from parity_data import Case, load_case, make_input, weights
 from torch import Tensor
 
 from darkroom.diffusion.grids import grid_from_levels, make_grid
 from darkroom.diffusion.levels import NoiseLevel, add_noise
+from darkroom.first_stage.quantizer import Codebook
 from darkroom.guidance import Guided, combine
-from darkroom.solvers import ddim, ddpm
+from darkroom.solvers import ddim, ddpm, plms
 
 RELATIVE = 1e-4
 
@@ -58,6 +59,44 @@ def test_ddim(name: str) -> None:
     case.check("pred_x0", torch.stack(estimates), relative=RELATIVE)
     case.check("final", final, relative=RELATIVE)
     assert denoise.nfe == (10 if denoise.scale == 1 else 20)
+
+
+@torch.no_grad()
+def test_ddim_with_quantised_estimates() -> None:
+    """`quantize_x0`: every estimate is put on the codebook of the VQ first stage."""
+    case = load_case("samplers_ldm", "ddim10_quantize_x0")
+    tiny, denoise = guided(case)
+    checkpoint = load_case("latent_diffusion_tiny", "tiny_cin").spec
+    codebook = Codebook(64, 3)
+    name = "first_stage_model.quantize.embedding.weight"
+    codebook.embedding.weight.copy_(weights().make_state_dict(checkpoint["layout"], checkpoint["derived"])[name])
+    estimates: list[Tensor] = []
+    final = ddim(
+        denoise,
+        case.input("x_T"),
+        make_grid(tiny.denoiser.schedule, case.args["steps"], "ddim"),
+        callback=lambda step, level, x, x0: estimates.append(x0),
+        refine=codebook,
+    )
+    case.check("pred_x0", torch.stack(estimates), relative=RELATIVE)
+    case.check("final", final, relative=RELATIVE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plms10", "plms10_cfg3"])
+def test_plms(name: str) -> None:
+    case = load_case("samplers_ldm", name)
+    tiny, denoise = guided(case)
+    visited: list[Tensor] = []
+
+    def callback(step: int, level: NoiseLevel, x: Tensor, x0: Tensor) -> None:
+        visited.append(x)
+
+    grid = make_grid(tiny.denoiser.schedule, case.args["steps"], "ddim")
+    final = plms(denoise, case.input("x_T"), grid, callback=callback)
+    case.check("x_after_step", torch.stack([*visited[1:], final]), relative=RELATIVE)
+    case.check("final", final, relative=RELATIVE)
+    assert denoise.nfe == 11 * (1 if denoise.scale == 1 else 2)
 
 
 @torch.no_grad()

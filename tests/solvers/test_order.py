@@ -16,11 +16,22 @@ from gaussian_mixture import GaussianMixture, make_mixture
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from darkroom.diffusion.grids import Grid, make_grid
+from darkroom.diffusion.grids import Grid, grid_from_half_log_snr, make_grid
 from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
 from darkroom.solvers import SOLVERS
+from darkroom.solvers.adams import lagrange_integrals
 
-NOMINAL = {"ddim": 1, "euler": 1, "heun": 2, "dpm++2m": 2}
+NOMINAL: dict[str, float] = {
+    "ddim": 1,
+    "euler": 1,
+    "heun": 2,
+    "dpm++2m": 2,
+    "dpm": 2,
+    "deis": 2,
+    "dpm2": 2,
+    "dpm++3m": 2,
+    "unipc": 2,
+}
 SCHEDULES = {
     "vp": ScheduleConfig(),
     "vp-cosine": ScheduleConfig(kind="cosine"),
@@ -71,6 +82,30 @@ def test_order_between_finite_levels(name: str, levels: str, gaussian_mixture: G
     target = float(last.alpha) * exact(SIGMA_MAX, SIGMA_MIN)
     orders = measured_orders(name, gaussian_mixture, grids, x, target)
     assert orders[-1] == pytest.approx(NOMINAL[name], abs=0.15), orders
+
+
+@pytest.mark.parametrize("levels", SCHEDULES)
+@pytest.mark.parametrize("name,nominal", [("plms", 3), ("lms", 2)])
+def test_order_of_adams_methods(name: str, nominal: int, levels: str, gaussian_mixture: GaussianMixture) -> None:
+    """On even steps of sigma/alpha. The rules themselves are of order 4; their first step sets the limit: Euler's (LMS)
+    or Heun's (PLMS), whose share of the error is small."""
+    schedule = make_schedule(SCHEDULES[levels])
+    ratios = [torch.linspace(2.0, 0.2, n + 1, dtype=torch.float64) for n in (200, 400, 800)]
+    grids = [grid_from_half_log_snr(-r.log(), schedule) for r in ratios]
+    x = float(grids[0][0].alpha) * exact(SIGMA_MAX, 2.0)
+    target = float(grids[0][-1].alpha) * exact(SIGMA_MAX, 0.2)
+    orders = measured_orders(name, gaussian_mixture, grids, x, target)
+    assert nominal - 0.15 < orders[-1] < nominal + 0.8, orders
+
+
+def test_lagrange_integrals_are_exact_for_their_polynomials() -> None:
+    nodes = [1.0, 1.7, 2.1, 3.4]
+    for count in range(1, 5):
+        weights = lagrange_integrals(nodes[:count], 0.3)
+        for power in range(count):
+            integral = (0.3 ** (power + 1) - 1.0) / (power + 1)
+            found = sum(w * node**power for w, node in zip(weights, nodes[:count], strict=True))
+            assert found == pytest.approx(integral, rel=1e-12)
 
 
 @cache

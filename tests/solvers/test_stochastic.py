@@ -38,7 +38,7 @@ def response(name: str, denoise: Denoise, grid: Grid, options: dict) -> tuple[fl
         return float(SOLVERS[name](denoise, scalar(x), grid, noise, **options))
 
     constant = run(0.0, None)
-    return constant, run(1.0, None) - constant, [run(0.0, i) - constant for i in range(grid.steps)]
+    return constant, run(1.0, None) - constant, [run(0.0, i) - constant for i in range(2 * grid.steps)]
 
 
 def inner_grid(kind: str, steps: int = 8) -> Grid:
@@ -56,6 +56,14 @@ def inner_grid(kind: str, steps: int = 8) -> Grid:
         ("ddim", {"eta": 1.0}),
         ("ddpm", {"variance": "beta_tilde"}),
         ("euler", {"churn": 3.0}),
+        ("euler_ancestral", {}),
+        ("dpm2_ancestral", {"eta": 0.6}),
+        ("dpm++2s_ancestral", {}),
+        ("dpm++sde", {}),
+        ("dpm++2m_sde", {"eta": 0.7}),
+        ("dpm++2m_sde", {"correction": "heun"}),
+        ("dpm++3m_sde", {}),
+        ("lcm", {}),
     ],
 )
 def test_marginals_on_a_point_are_exact(kind: str, name: str, options: dict) -> None:
@@ -132,11 +140,61 @@ def test_ddim_with_eta_1_is_ddpm(kind: str) -> None:
     torch.testing.assert_close(one, ddpm(denoise, noise(99), grid, noise), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_noise_scale_is_a_factor_on_the_noise(kind: str) -> None:
+    grid = inner_grid(kind)
+    for name in ("ddim", "euler_ancestral", "dpm2_ancestral", "dpm++2s_ancestral", "dpm++sde", "dpm++2m_sde"):
+        options = {"eta": 0.8}
+        _, _, plain = response(name, lambda x, level: scalar(0.8), grid, options)
+        _, _, halved = response(name, lambda x, level: scalar(0.8), grid, {**options, "noise_scale": 0.5})
+        assert halved == pytest.approx([0.5 * c for c in plain], rel=1e-10) and any(plain)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_without_fresh_noise_they_are_ode_solvers(kind: str) -> None:
+    grid = inner_grid(kind)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    denoise = lambda x, level: torch.tanh(x)  # noqa: E731
+    run = lambda name, **options: SOLVERS[name](denoise, x, grid, None, **options)  # noqa: E731
+    for stochastic, ode in (
+        ("euler_ancestral", "ddim"),
+        ("dpm++2m_sde", "dpm++2m"),
+        ("dpm2_ancestral", "dpm2"),
+        ("dpm++sde", "dpm++2s_ancestral"),
+    ):
+        options = {"eta": 0.0} if "2s" in ode else {}
+        torch.testing.assert_close(run(stochastic, eta=0.0), run(ode, **options), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name,eta", [("dpm++2m_sde", 1.0), ("dpm++2s_ancestral", 1.0), ("dpm++sde", 1.0), ("dpm++3m_sde", 0.5)]
+)
+def test_stochastic_solvers_reach_the_variance_of_a_gaussian(name: str, eta: float) -> None:
+    """Data N(m, s^2) from pure noise: mean and variance of the result approach those of the data with finer steps."""
+    m, s = 0.4, 0.5
+
+    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+        a, sigma = level.alpha, level.sigma
+        return m + a * s**2 / ((a * s) ** 2 + sigma**2) * (x - a * m)
+
+    errors = []
+    for steps in (24, 48):
+        schedule = make_schedule(ScheduleConfig(kind="edm"))
+        grid = make_grid(schedule, steps, "exponential", final="first", sigma_min=0.05, sigma_max=30.0)
+        constant, gain, fresh = response(name, denoise, grid, {"eta": eta})
+        variance = (gain * 30.0) ** 2 + sum(c**2 for c in fresh)
+        exact = s**2 + 0.05**2
+        errors.append(abs(variance - exact) / exact)
+        assert constant + gain * m == pytest.approx(m, abs=0.03)
+    # DPM++ SDE draws its two noises independently, which costs it accuracy.
+    assert errors[1] < (0.15 if name == "dpm++sde" else 0.02) and errors[1] < 0.7 * errors[0], errors
+
+
 def test_no_noise_on_arriving_at_the_data() -> None:
     for kind, (config, spacing) in CONFIGS.items():
         grid = make_grid(make_schedule(config), 5, spacing)
         denoise = lambda x, level: x * 0 + 0.3  # noqa: E731
-        for name, options in (("ddim", {"eta": 1.0}), ("ddpm", {"variance": "beta"})):
+        for name, options in (("ddim", {"eta": 1.0}), ("ddpm", {"variance": "beta"}), ("dpm++sde", {}), ("lcm", {})):
             out = SOLVERS[name](denoise, scalar(1.0), grid, lambda i: scalar(5.0), **options)
             assert float(out) == pytest.approx(0.3, abs=1e-12), kind
 

@@ -13,7 +13,8 @@ from darkroom.diffusion.levels import NoiseLevel
 from darkroom.diffusion.schedules import DDPMSchedule, FlowSchedule, NoiseSchedule
 from darkroom.errors import DarkroomError
 
-TABLE_SPACINGS = ("ddim", "quad", "trailing", "leading", "linspace")
+TABLE_SPACINGS = ("ddim", "quad", "trailing", "leading", "linspace", "lcm")
+LCM_TIMES = 50  # the times that latent consistency models are distilled at
 SNR_SPACINGS = ("karras", "exponential", "uniform_half_log_snr")
 FLOW_SPACINGS = ("linear", "sd3")
 SPACINGS = (*TABLE_SPACINGS, *SNR_SPACINGS, *FLOW_SPACINGS)
@@ -49,12 +50,7 @@ class Grid:
         weight = position - below
         if weight in (0.0, 1.0):
             return self[below + int(weight)]
-        here, there = self[below], self[below + 1]
-        low, high = here.half_log_snr, there.half_log_snr
-        if low.isfinite() and high.isfinite():
-            return self.schedule.level_at_half_log_snr(torch.lerp(low, high, weight))
-        angle = torch.lerp(torch.atan2(here.sigma, here.alpha), torch.atan2(there.sigma, there.alpha), weight)
-        return self.schedule.level_at_half_log_snr(-torch.log(torch.tan(angle)))
+        return level_between(self.schedule, self[below], self[below + 1], weight)
 
     def truncate(self, start: int) -> Grid:
         """The grid from its `start`-th level on, for image-to-image: steps - start steps remain."""
@@ -62,6 +58,15 @@ class Grid:
             raise ValueError(f"cannot start at level {start} of a grid with {self.steps} steps")
         kept = NoiseLevel(self.levels.alpha[start:], self.levels.sigma[start:], self.levels.time[start:])
         return Grid(kept, self.schedule)
+
+
+def level_between(schedule: NoiseSchedule, here: NoiseLevel, there: NoiseLevel, weight: float) -> NoiseLevel:
+    """A level between two others: half log-SNR is interpolated, or the angle where that is infinite."""
+    low, high = here.half_log_snr, there.half_log_snr
+    if low.isfinite() and high.isfinite():
+        return schedule.level_at_half_log_snr(torch.lerp(low, high, weight))
+    angle = torch.lerp(torch.atan2(here.sigma, here.alpha), torch.atan2(there.sigma, there.alpha), weight)
+    return schedule.level_at_half_log_snr(-torch.log(torch.tan(angle)))
 
 
 def stack_levels(levels: list[NoiseLevel]) -> NoiseLevel:
@@ -96,6 +101,10 @@ def _table_times(spacing: str, timesteps: int, steps: int) -> Tensor:
         times = torch.tensor([round(timesteps - i * timesteps / steps) - 1 for i in range(steps)])
     elif spacing == "leading":
         times = torch.arange(0, steps).flip(0) * (timesteps // steps)
+    elif spacing == "lcm":
+        if steps > LCM_TIMES:
+            raise DarkroomError(f"grid spacing 'lcm' has {LCM_TIMES} times; ask for at most so many steps")
+        times = (LCM_TIMES - torch.arange(steps) * LCM_TIMES // steps) * (timesteps // LCM_TIMES) - 1
     else:
         times = torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64)
     return times.to(torch.float64)
@@ -115,7 +124,7 @@ def make_grid(
     """Choose the levels of a run.
 
     spacing: DDPM tables: `ddim` (LDM's `range(0, T, T // S) + 1`, more than S steps where S does not divide T), `quad`,
-        `trailing` (begins at T-1; Lin et al. 2024), `leading`, `linspace`;
+        `trailing` (begins at T-1; Lin et al. 2024), `leading`, `linspace`, `lcm` (of 50 even times; Luo et al. 2023);
         flow: `linear` in sigma, shifted; `sd3` as the official SD3 code, whose end points are shifted twice;
         any schedule: `trailing`, `karras` (Karras et al. 2022, eq. 5), `exponential` = `uniform_half_log_snr`.
     final: `clean` ends at sigma = 0, `first` at the lowest level of the schedule (LDM's last `alphas_prev`,

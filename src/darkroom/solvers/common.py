@@ -55,9 +55,9 @@ def in_flow_frame(grid: Grid, frame: Literal["edm", "flow"] | None) -> bool:
     return abs(alpha + sigma - 1) < 1e-9 or (alpha < 1 and sigma > 100 * alpha)
 
 
-def framed(level: NoiseLevel, flow_frame: bool) -> tuple[float, float]:
-    """(k, S = sigma/k) of a level; see `in_flow_frame`."""
-    alpha, sigma = float(level.alpha), float(level.sigma)
+def framed(level: NoiseLevel, flow_frame: bool, sigma: float | None = None) -> tuple[float, float]:
+    """(k, S = sigma/k) of a level; see `in_flow_frame`. `sigma` replaces the level's own."""
+    alpha, sigma = float(level.alpha), float(level.sigma) if sigma is None else sigma
     k = alpha + sigma if flow_frame else alpha
     return k, sigma / k if k > 0 else math.inf
 
@@ -72,6 +72,19 @@ def transition_variance(here: NoiseLevel, there: NoiseLevel) -> float:
         return 0.0
     ratio = float(here.alpha) / alpha_next
     return max(float(here.sigma) ** 2 - (ratio * float(there.sigma)) ** 2, 0.0)
+
+
+def ancestral(here: NoiseLevel, there: NoiseLevel, eta: float) -> tuple[float, float]:
+    """(kept, fresh) with kept^2 + fresh^2 = sigma'^2: how much of the noise at `there` comes from the present estimate
+    and how much is drawn anew. fresh^2 = eta^2 (sigma'^2/sigma^2) var(x | x'); Song et al. 2021 (DDIM), eq. 16.
+
+    eta = 0: nothing is drawn; eta = 1: the posterior of DDPM. In sigma/alpha these are `sigma_down` and `sigma_up` of
+    k-diffusion's ancestral solvers.
+    """
+    sigma_next = float(there.sigma)
+    fresh = eta * sigma_next / float(here.sigma) * math.sqrt(transition_variance(here, there))
+    fresh = min(fresh, sigma_next)
+    return math.sqrt(max(sigma_next**2 - fresh**2, 0.0)), fresh
 
 
 def draw(noise: Noise | None, i: int, x: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 from torch import Tensor
 
 from darkroom.diffusion.grids import Grid
-from darkroom.solvers.common import Callback, Denoise, Noise, draw, step_towards, transition_variance
+from darkroom.solvers.common import Callback, Denoise, Noise, ancestral, draw, step_towards
 
 
 def ddim(
@@ -18,21 +18,26 @@ def ddim(
     *,
     callback: Callback | None = None,
     eta: float = 0.0,
+    noise_scale: float = 1.0,
+    refine: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Song et al. 2021 (DDIM), eq. 12 and 16, for any alpha and sigma. x (B, ...) at grid[0] -> x at grid[-1].
 
     x' = alpha' x0 + sqrt(sigma'^2 - g^2) noise_estimate + g z,  g^2 = eta^2 (sigma'^2/sigma^2) var(x | x').
-    eta = 0 is the probability-flow ODE, eta = 1 the DDPM posterior (variance beta-tilde).
+    eta = 0 is the probability-flow ODE, eta = 1 the DDPM posterior (variance beta-tilde). noise_scale: a factor on z,
+    the "temperature" of the official code. refine: x0 -> a better x0 that the step goes to, while its noise is
+    that of the plain x0; the official `quantize_x0`, with the codebook of a VQ first stage.
     """
     for i in range(grid.steps):
         here, there = grid[i], grid[i + 1]
         x0 = denoise(x, here)
-        sigma, sigma_next = float(here.sigma), float(there.sigma)
-        fresh = eta * sigma_next / sigma * math.sqrt(transition_variance(here, there))
+        refined = x0 if refine is None else refine(x0)
         if callback is not None:
-            callback(i, here, x, x0)
-        kept = math.sqrt(max(sigma_next**2 - fresh**2, 0.0))
+            callback(i, here, x, refined)
+        kept, fresh = ancestral(here, there, eta)
         x = step_towards(x, x0, here, there, kept)
+        if refine is not None:
+            x = x + float(there.alpha) * (refined - x0)
         if fresh > 0:
-            x = x + fresh * draw(noise, i, x)
+            x = x + noise_scale * fresh * draw(noise, i, x)
     return x

@@ -1,4 +1,4 @@
-"""Euler: the first-order step of the probability-flow ODE, with optional churn."""
+"""Euler: the first-order step of the probability-flow ODE, with optional churn, and its ancestral form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from darkroom.diffusion.grids import Grid
 from darkroom.solvers.common import Callback, Denoise, Noise, churned, step_towards
+from darkroom.solvers.ddim import ddim
 
 
 def euler(
@@ -34,3 +35,18 @@ def euler(
             callback(i, here, x, x0)
         x = step_towards(x, x0, here, grid[i + 1])
     return x
+
+
+def euler_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    grid: Grid,
+    noise: Noise | None = None,
+    *,
+    callback: Callback | None = None,
+    eta: float = 1.0,
+    noise_scale: float = 1.0,
+) -> Tensor:
+    """k-diffusion's ancestral Euler: a step down to less noise than the next level has, and fresh noise up to it.
+    x (B, ...) at grid[0] -> x at grid[-1]. With `noise_scale` (S_noise) on the noise this is DDIM with this eta."""
+    return ddim(denoise, x, grid, noise, callback=callback, eta=eta, noise_scale=noise_scale)
