@@ -27,7 +27,7 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.guidance import Guided
 from darkroom.pixel_format import PixelFormat
-from darkroom.solvers import SOLVERS, default_spacing
+from darkroom.solvers import SOLVERS, default_eta, default_spacing
 
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "solver": "dpm++2m", "batch_size": 16}
 
@@ -37,7 +37,8 @@ class Request:
     """What to generate. None takes the model's own default (`LatentDiffusion.defaults`).
 
     Lists of prompts (or class labels) and seeds have equal lengths, or one of them has a single entry for all images.
-    `size` is (width, height) in pixels; `class_labels` are names or indices.
+    `size` is (width, height) in pixels; `class_labels` are names or indices. `eta` is the share of fresh noise per
+    step, for solvers that draw noise.
     """
 
     prompts: list[str] | None = None
@@ -46,7 +47,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     solver: str | None = None
-    eta: float = 0.0
+    eta: float | None = None
     size: tuple[int, int] | None = None
     negative_prompt: str | None = None
     batch_size: int | None = None
@@ -117,7 +118,7 @@ class LatentDiffusion(nn.Module):
         steps: int | None = None,
         guidance_scale: float | None = None,
         solver: str | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         size: tuple[int, int] | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
@@ -157,19 +158,14 @@ class LatentDiffusion(nn.Module):
         """The request with every default filled in and lists of equal length, or a DarkroomError that says the cure."""
         chosen = {k: v for k, v in self.defaults.items() if getattr(request, k, None) is None and hasattr(request, k)}
         request = replace(request, **chosen)
-        assert request.size is not None
         if request.solver not in SOLVERS:
             raise DarkroomError(f'solver "{request.solver}" is not known{nearest(str(request.solver), SOLVERS)}')
         if not request.steps or request.steps < 1:
             raise DarkroomError(f"steps is {request.steps}: it must be at least 1")
         if not request.batch_size or request.batch_size < 1:
             raise DarkroomError(f"batch size is {request.batch_size}: it must be at least 1")
-        if request.eta and request.solver != "ddim":
-            raise DarkroomError(
-                f'eta is an option of the solver ddim; "{request.solver}" has none: leave one of them out'
-            )
-        if not 0 <= request.eta <= 1:
-            raise DarkroomError(f"eta is {request.eta}: it must be from 0 (no fresh noise) to 1")
+        request = replace(request, eta=self._eta(str(request.solver), request.eta))
+        assert request.size is not None
         if request.guidance_scale is None or not math.isfinite(request.guidance_scale):
             raise DarkroomError(f"guidance scale is {request.guidance_scale}: it must be a finite number; 1 is off")
         bad_seeds = [s for s in request.seeds if not 0 <= s < 2**63]
@@ -206,6 +202,16 @@ class LatentDiffusion(nn.Module):
             class_labels=spread("classes", labels),
             seeds=spread("seeds", request.seeds) or [],
         )
+
+    def _eta(self, solver: str, eta: float | None) -> float | None:
+        """The share of fresh noise per step: what is given, else the solver's own; None for solvers that draw none."""
+        default = default_eta(solver)
+        if default is None and eta:
+            takers = ", ".join(name for name in SOLVERS if default_eta(name) is not None)
+            raise DarkroomError(f'eta is an option of {takers}; "{solver}" has none: leave one of them out')
+        if eta is not None and not 0 <= eta <= 1:
+            raise DarkroomError(f"eta is {eta}: it must be from 0 (no fresh noise) to 1")
+        return None if default is None else default if eta is None else eta
 
     def _check_size(self, size: tuple[int, int]) -> None:
         factor = self.downsampling * self._network_config.size_multiple
@@ -291,7 +297,7 @@ class LatentDiffusion(nn.Module):
             scale=request.guidance_scale,
         )
         grid = self.grid(request.solver, request.steps)
-        options: dict[str, Any] = {"eta": request.eta} if request.solver == "ddim" else {}
+        options: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
         if on_step is not None:
             options["callback"] = lambda step, level, x, x0: on_step(step + 1, x0)
         x = noise(0) * self.denoiser.schedule.prior_std(grid[0])

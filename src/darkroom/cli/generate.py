@@ -75,8 +75,12 @@ class SeedsCommand(click.Command):
 @click.option("-n", "--count", type=click.IntRange(1, MAX_SEEDS), help="So many images per prompt, seeds counted up.")
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and finer.")
 @click.option("--cfg-scale", type=float, help="Guidance: how closely to follow the prompt; 1 is off.")
-@click.option("--solver", help="ddim, ddpm, euler, heun or dpm++2m.")
-@click.option("--eta", type=click.FloatRange(0, 1), help="Share of fresh noise per step, for ddim.")
+@click.option("--solver", help="ddim, ddpm, euler, euler_ancestral, heun, dpm++2m, unipc, ... (docs: solvers)")
+@click.option(
+    "--eta",
+    type=click.FloatRange(0, 1),
+    help="Share of fresh noise per step, for ddim and the ancestral and SDE solvers.",
+)
 @click.option("--width", type=click.IntRange(1, MAX_SIDE), help="Pixels. [default: the model's size]")
 @click.option("--height", type=click.IntRange(1, MAX_SIDE), help="Pixels. [default: the model's size]")
 @click.option("--negative-prompt", help="What the images should not be like.")
@@ -161,7 +165,7 @@ def _generate(given: Given) -> None:
         steps=given.steps,
         guidance_scale=given.cfg_scale,
         solver=given.solver,
-        eta=given.eta or 0.0,
+        eta=given.eta,
         size=(given.width or width, given.height or height),
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
