@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first_stage"))
 from first_stage_golden import TOLERANCE, autoencoder_config, load_topic, make_inputs, state_dict
 
 from darkroom.errors import DarkroomError
-from darkroom.features.laplacian import NormalisedLaplacianDistance
+from darkroom.features.laplacian import LocalContrastDistance, NormalisedLaplacianDistance
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.losses import adversarial_loss, reconstruction_error, reconstruction_nll
 from darkroom.training.first_stage_step import (
@@ -518,3 +518,22 @@ def test_processes_agree_on_the_codes_that_they_revive(tmp_path: Path) -> None:
     assert one.equal(two) and float(one.std()) > 0.02  # on the data; the official start is within 1/32 of zero
     # Counted together: a run that is resumed gives all processes what the first one saved.
     assert counted == others == [2 * 4 * 64, 2 * 8 * 64, 2 * 4 * 64]
+
+
+def test_the_discriminator_has_its_own_rate_unless_told() -> None:
+    phase = make().phases[1]
+    assert phase.optimizer is not None and phase.optimizer.betas == (0.5, 0.9)
+    assert (phase.optimizer.learning_rate, phase.optimizer.decay) == (CONFIG.discriminator_learning_rate, "constant")
+    assert make(replace(CONFIG, discriminator_learning_rate=None)).phases[1].optimizer is None
+
+
+def test_contrast_is_added_to_the_error_of_every_element() -> None:
+    config = replace(CONFIG, discriminator_weight=0.0, learn_log_variance=False, perceptual="none")
+    image, noise = images(), torch.zeros(4, 4, 8, 8)
+    plain, contrast = first(make(config)), first(make(replace(config, contrast_weight=2.0)))
+    with torch.no_grad():
+        reconstruction = plain.autoencoder.decode(plain.autoencoder.encode(image).sample_with(noise))
+    expected = 2.0 * LocalContrastDistance()(image, reconstruction).mean()
+    (one, _), (other, metrics) = plain.loss(image, noise, 0), contrast.loss(image, noise, 0)
+    torch.testing.assert_close(other - one, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metrics["contrast"], expected / 2)

@@ -371,3 +371,25 @@ def test_joining_without_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch)
         join_world("cuda:0")
     with pytest.raises(DarkroomError, match="process 2 of this machine has no GPU"):
         join_world("cuda")
+
+
+def test_a_phase_may_have_its_own_rate_and_curve(tmp_path: Path) -> None:
+    """Counted from where the phase begins: its first step of Adam moves every weight by the warm-up's first rate."""
+    one, two = Quadratic(), Quadratic()
+    own = OptimizerConfig(learning_rate=0.04, warmup_steps=2, gradient_clip=1e-3)
+    step = Step(one)
+    step.phases.append(Phase("late", two, list(two.parameters()), starts_at=3, optimizer=own))
+    step.modules = {"one": one, "two": two}
+    loop = LoopConfig(steps=8, precision="float32", optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0))
+    t = Trainer("stage", step, Source(), loop, tmp_path, quiet=True)
+    for n in range(5):
+        before = two.w.detach().clone()
+        metrics = t.run_step()
+        moved = (two.w.detach() - before).abs()
+        expected = {3: 0.02, 4: 0.04}.get(n, 0.0)
+        torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=0.05, atol=1e-7)
+        assert metrics["learning_rate"] == 0.1
+        t.train_step += 1
+    assert t._rate(step.phases[1]) == pytest.approx(0.04)  # constant
+    step.phases[1].optimizer = replace(own, decay="cosine", warmup_steps=0, final_fraction=0.0)
+    assert t._rate(step.phases[1]) == pytest.approx(0.04 * 0.5 * (1 + math.cos(math.pi * 2 / 5)))  # 3 to 8, at 5

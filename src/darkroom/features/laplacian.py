@@ -1,4 +1,6 @@
-"""A perceptual distance that needs no trained weights: the normalised Laplacian pyramid.
+"""Distances that need no trained weights, on Laplacian pyramids.
+
+The perceptual one is the normalised Laplacian pyramid:
 
 Laparra, Ballé, Berardino & Simoncelli 2016, "Perceptual image quality assessment using a normalized Laplacian
 pyramid". Each band of the pyramid is divided by the local mean of its magnitude, as contrast is in early vision; errors
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 FILTER = (0.05, 0.25, 0.4, 0.25, 0.05)  # Burt & Adelson 1983, a = 0.4: the filter of the paper
 SIGMA = 0.17  # contrast at which the division saturates, for images in [0, 1]
+INVISIBLE = 0.01  # contrast below which nobody sees a difference, for images in [0, 1]
 EPSILON = 1e-4  # keeps the gradient of the root finite where two bands agree
 
 
@@ -36,25 +39,56 @@ class NormalisedLaplacianDistance(nn.Module):
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-            pair = torch.cat([image.to(dtype), other.to(dtype)]) * 0.5 + 0.5
-            pair = pair.contiguous().flatten(0, 1)
             distances = []
-            for band in self.bands(pair):
+            for band in laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels):
                 normalised = band / (SIGMA + _apply(_blur_matrix, band.abs()))
-                one, two = normalised.view(2, image.shape[0], -1)
-                square = (one - two).square().mean(1)
-                # sqrt(square + EPSILON^2) - EPSILON, written so that 0 stays exactly 0
-                distances.append(square / ((square + EPSILON**2).sqrt() + EPSILON))
+                distances.append(_rms_difference(*normalised.view(2, image.shape[0], -1)))
             return torch.stack(distances).mean(0)
 
-    def bands(self, x: Tensor) -> list[Tensor]:
-        """(N, H, W) -> [finest, ..., low-pass]; x = finest + expand(next finest + expand(...))."""
-        bands: list[Tensor] = []
-        while len(bands) < self.levels - 1 and min(x.shape[-2:]) >= 4:
-            low = _apply(_reduce_matrix, x)
-            bands.append(x - expand(low, x.shape[-2], x.shape[-1]))
-            x = low
-        return [*bands, x]
+
+class LocalContrastDistance(nn.Module):
+    """(B, C, H, W) twice, in [-1, 1] -> (B,): how far the local contrasts lie apart, wherever the details lie.
+
+    The local contrast of a band is the root mean square of its values around a pixel: the standard deviation that the
+    contrast term of SSIM compares (Wang et al. 2004, eq. 9), taken per octave. A mean square error is least where an
+    unsure decoder paints the average of all it deems possible, which is a blur; this distance then is large, and it is
+    small for grain that differs from the original in its phase only.
+    """
+
+    def __init__(self, levels: int = 4) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, enabled=False):
+            dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+            distances = []
+            for band in laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels)[:-1]:
+                contrast = (_apply(_blur_matrix, band.square()) + INVISIBLE**2).sqrt()
+                distances.append(_rms_difference(*contrast.view(2, image.shape[0], -1)))
+            return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
+
+
+def laplacian_pyramid(x: Tensor, levels: int) -> list[Tensor]:
+    """(N, H, W) -> [finest, ..., low-pass]; x = finest + expand(next finest + expand(...))."""
+    bands: list[Tensor] = []
+    while len(bands) < levels - 1 and min(x.shape[-2:]) >= 4:
+        low = _apply(_reduce_matrix, x)
+        bands.append(x - expand(low, x.shape[-2], x.shape[-1]))
+        x = low
+    return [*bands, x]
+
+
+def _planes(image: Tensor, other: Tensor) -> Tensor:
+    """(B, C, H, W) twice in [-1, 1] -> (N, H, W) in [0, 1]."""
+    return (torch.cat([image, other]) * 0.5 + 0.5).contiguous().flatten(0, 1)
+
+
+def _rms_difference(one: Tensor, other: Tensor) -> Tensor:
+    """(B, D) twice -> (B,): root mean square difference, smooth at 0."""
+    square = (one - other).square().mean(1)
+    # sqrt(square + EPSILON^2) - EPSILON, written so that 0 stays exactly 0
+    return square / ((square + EPSILON**2).sqrt() + EPSILON)
 
 
 def expand(x: Tensor, height: int, width: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
-from darkroom.features.laplacian import NormalisedLaplacianDistance
+from darkroom.features.laplacian import LocalContrastDistance, NormalisedLaplacianDistance
 from darkroom.features.lpips import load_lpips, lpips_available
 from darkroom.features.perceptual import load_perceptual
 from darkroom.first_stage.autoencoder import Autoencoder
@@ -43,8 +43,10 @@ from darkroom.first_stage.quantizer import (
     straight_through,
 )
 from darkroom.training.loop import Phase, all_parameters
+from darkroom.training.optim import OptimizerConfig
 
 Batch = dict[str, Any]
+DISCRIMINATOR_BETAS = (0.5, 0.9)  # official; it follows an adversary that changes, so it forgets soon
 Perceptual = Literal["auto", "darkroom", "laplacian", "vgg", "none"]
 
 
@@ -59,6 +61,7 @@ class FirstStageTrainConfig:
     log_variance: float = 0.0
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else our own network
     perceptual_weight: float = 1.0
+    contrast_weight: float = 0.0  # of the difference in local contrast: against the blur that squared errors reward
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # VQ: of the codebook loss
     codebook_beta: float = 0.25  # VQ: of the term that moves the codes, beside the commitment of the encoder
@@ -74,6 +77,9 @@ class FirstStageTrainConfig:
     discriminator_channels: int = 32  # official: 64
     discriminator_layers: int = 3
     discriminator_norm: DiscriminatorNorm = "group"  # official: "batch"
+    # Its own rate, constant after a warm-up: a rate at which a fresh autoencoder learns fast silences a discriminator
+    # for good, since its weights begin near 0. None: the autoencoder's rate and curve, as in the official code.
+    discriminator_learning_rate: float | None = 2e-4
     crop: int | None = None  # train on random squares of this side; None: whole images
     crop_steps: int | None = None  # crop only before this train step; then whole images, so that norms meet what they
     # will meet in use. None: crop to the end
@@ -125,13 +131,16 @@ class FirstStageStep:
             )
             self.modules["discriminator"] = self.discriminator
         distance = make_perceptual(self.perceptual)
-        frozen = Frozen(self.discriminator, distance, self.code_use)
+        contrast = LocalContrastDistance() if config.contrast_weight > 0 else None
+        frozen = Frozen(self.discriminator, distance, contrast, self.code_use)
         first = AutoencoderPhase(autoencoder, self.likelihood, frozen, config, self.pairs)
         self.phases = [Phase("autoencoder", first, all_parameters([first]))]
         if self.discriminator is not None:
             second = DiscriminatorPhase(self.discriminator, config, self.pairs)
             parameters = all_parameters([self.discriminator])
-            self.phases.append(Phase("discriminator", second, parameters, starts_at=config.discriminator_start))
+            rate = config.discriminator_learning_rate
+            optimizer = None if rate is None else OptimizerConfig(rate, betas=DISCRIMINATOR_BETAS, warmup_steps=20)
+            self.phases.append(Phase("discriminator", second, parameters, config.discriminator_start, optimizer))
         for module in self.modules.values():  # convolutions are faster in this layout; the values are the same
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -195,6 +204,7 @@ class Frozen:
 
     discriminator: Discriminator | None
     perceptual: nn.Module | None
+    contrast: nn.Module | None
     code_use: CodeUse | None
 
 
@@ -273,12 +283,16 @@ class AutoencoderPhase(nn.Module):
             adversarial = adversarial_loss(precise(discriminator(leaf)))
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
+        contrast = None if self._frozen.contrast is None else self._frozen.contrast(precise(image), leaf)
         with torch.autocast(image.device.type, enabled=False):
             error = reconstruction_error(precise(image), leaf, config.reconstruction, config.chroma_weight)
             metrics = {"reconstruction": error.detach().mean()}
             if distance is not None:
                 metrics["perceptual"] = distance.detach().mean()
                 error = error + config.perceptual_weight * precise(distance).view(-1, 1, 1, 1)
+            if contrast is not None:
+                metrics["contrast"] = contrast.detach().mean()
+                error = error + config.contrast_weight * contrast.view(-1, 1, 1, 1)
             log_variance = self.likelihood.log_variance
             # VQ: means over elements instead of sums, before the adaptive weight is taken.
             unit = 1.0 if codebook is None else 1.0 / image[0].numel()

@@ -40,12 +40,14 @@ class Phase:
     """One optimisation inside a train step: `module(batch, generator, train_step) -> (loss, metrics)`.
 
     `parameters` are what this phase's optimiser changes; the phase is skipped before train step `starts_at`.
+    `optimizer`: the loop's if None. Its rate counts from `starts_at` on; averages are the loop's business.
     """
 
     name: str
     module: nn.Module
     parameters: list[nn.Parameter]
     starts_at: int = 0
+    optimizer: OptimizerConfig | None = None
 
 
 class TrainStep(Protocol):
@@ -158,7 +160,7 @@ class Trainer:
         self.hooks = hooks or Hooks()
         self.quiet = quiet or not self.world.is_main
         self.modules = {name: m.to(self.device) for name, m in step.modules.items()}
-        self.optimizers = {p.name: make_optimizer(p.parameters, config.optimizer) for p in step.phases}
+        self.optimizers = {p.name: make_optimizer(p.parameters, self._optimizer_config(p)) for p in step.phases}
         self.wrapped = {p.name: wrap(p.module, self.world) for p in step.phases}
         decay = config.optimizer.ema_decay
         self.ema = EMA(step.ema_modules, decay) if decay is not None and step.ema_modules else None
@@ -185,7 +187,6 @@ class Trainer:
         config = self.config
         micro_batches = [self.batches.batch_at(self.train_step, m) for m in range(config.accumulation)]
         phases = [p for p in self.step.phases if self.train_step >= p.starts_at]
-        clip = math.inf if config.optimizer.gradient_clip is None else config.optimizer.gradient_clip
         finite = True
         for phase in phases:
             self.optimizers[phase.name].zero_grad(set_to_none=True)
@@ -195,13 +196,14 @@ class Trainer:
                 finite = finite and math.isfinite(loss)
                 for name, log in [("loss", loss), *((k, float(v)) for k, v in logs.items())]:
                     metrics[prefix + name] = metrics.get(prefix + name, 0.0) + log / len(micro_batches)
-            norm = float(nn.utils.clip_grad_norm_(phase.parameters, clip, foreach=True))
+            clip = self._optimizer_config(phase).gradient_clip
+            norm = float(nn.utils.clip_grad_norm_(phase.parameters, math.inf if clip is None else clip, foreach=True))
             finite = finite and math.isfinite(norm)
             metrics[prefix + "gradient_norm"] = norm
         skip = any_rank(not finite, self.world, self.device)
-        rate = learning_rate(config.optimizer, self.train_step, config.steps) * self.rate_scale
         for phase in phases:
             optimizer = self.optimizers[phase.name]
+            rate = self._rate(phase)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if not skip:
@@ -211,8 +213,16 @@ class Trainer:
             return {"skipped": 1.0, "loss": metrics["loss"]}
         if self.ema is not None:
             self.ema.update()
-        metrics["learning_rate"] = rate
+        metrics["learning_rate"] = self._rate(phases[0])
         return metrics
+
+    def _optimizer_config(self, phase: Phase) -> OptimizerConfig:
+        return phase.optimizer or self.config.optimizer
+
+    def _rate(self, phase: Phase) -> float:
+        start = phase.starts_at if phase.optimizer else 0
+        config = self._optimizer_config(phase)
+        return learning_rate(config, self.train_step - start, self.config.steps - start) * self.rate_scale
 
     def _backward(self, phase: Phase, micro: int, batch: Batch) -> tuple[float, Mapping[str, Tensor]]:
         """Add one micro-batch's share to the phase's gradients; gives its loss (mean over processes) and metrics."""
