@@ -100,3 +100,17 @@ def test_chroma_weight_leaves_brightness_and_multiplies_the_rest() -> None:
     squared = losses.reconstruction_error(both, torch.zeros_like(both), "l2", chroma_weight=2.0)
     assert squared.flatten().tolist() == pytest.approx([1.3**2, 0.1**2, 1.1**2])
     assert losses.reconstruction_error(both, torch.zeros_like(both), "l1").equal(both.abs())
+
+
+def test_relativistic_loss_sees_only_differences() -> None:
+    """Jolicoeur-Martineau 2018: what raises both logits alike changes nothing; the two players' gradients are opposite
+    in sign, and their losses at d = real - fake differ by d."""
+    g = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(2, 1, 3, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    loss = losses.discriminator_loss(real, fake, "relativistic")
+    by_hand = [
+        math.log(1 + math.exp(f - r)) for r, f in zip(real.flatten().tolist(), fake.flatten().tolist(), strict=True)
+    ]
+    assert float(loss) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-12)
+    torch.testing.assert_close(losses.discriminator_loss(real + 7, fake + 7, "relativistic"), loss)
+    torch.testing.assert_close(losses.adversarial_loss(fake, real) - loss, (real - fake).mean())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "first_stage"))
@@ -419,6 +420,12 @@ def test_crops_and_flips() -> None:
     mirrored = (flipped == ramp.flip(-1)).all(-1).all(-1).all(-1)
     assert 16 < int(mirrored.sum()) < 48 and torch.equal(flipped[~mirrored], ramp[~mirrored])
     assert augment(ramp, FirstStageTrainConfig(), generator(0)) is ramp
+    some = augment(ramp, FirstStageTrainConfig(flat_share=0.25), generator(0))
+    flat = some.flatten(1).std(1) == 0
+    assert 6 < int(flat.sum()) < 28 and torch.equal(some[~flat], ramp[~flat])
+    assert (
+        float(some[flat].min()) >= -1 and float(some[flat].max()) <= 1 and some[flat][:, 0, 0, 0].unique().numel() > 6
+    )
     with pytest.raises(DarkroomError, match=r"crop=24 is larger than the images \(30x20\)"):
         augment(ramp, FirstStageTrainConfig(crop=24), generator(0))
 
@@ -537,3 +544,29 @@ def test_contrast_is_added_to_the_error_of_every_element() -> None:
     (one, _), (other, metrics) = plain.loss(image, noise, 0), contrast.loss(image, noise, 0)
     torch.testing.assert_close(other - one, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(metrics["contrast"], expected / 2)
+
+
+def test_a_discriminator_that_warms_up_learns_before_the_autoencoder_hears_of_it() -> None:
+    step = make(replace(CONFIG, discriminator_start=3, discriminator_warmup=2))
+    assert step.phases[1].starts_at == 1
+    for n, (learns, heard) in {0: (False, False), 1: (True, False), 2: (True, False), 3: (True, True)}.items():
+        _, metrics = first(step).loss(images(), torch.zeros(4, 4, 8, 8), n)
+        assert ("adversarial" in metrics) == heard
+        if learns:
+            loss, _ = step.phases[1].module({}, generator(0), n)
+            assert loss.requires_grad and float(loss) > 0
+        else:
+            with pytest.raises(RuntimeError, match="no reconstruction"):
+                step.phases[1].module({}, generator(0), n)
+
+
+def test_the_relativistic_loss_compares_with_the_image() -> None:
+    """Nothing for the autoencoder to gain once it is at the image; otherwise the pull of softplus(D(x) - D(y))."""
+    step = make(replace(CONFIG, discriminator_loss="relativistic"))
+    assert step.discriminator is not None
+    image, noise = images(), torch.zeros(4, 4, 8, 8)
+    _, metrics = first(step).loss(image, noise, 5)
+    with torch.no_grad():
+        output = step.autoencoder.decode(step.autoencoder.encode(image).sample_with(noise))
+        expected = F.softplus(step.discriminator(image) - step.discriminator(output)).mean()
+    torch.testing.assert_close(metrics["adversarial"], expected)

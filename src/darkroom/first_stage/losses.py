@@ -17,7 +17,7 @@ ADAPTIVE_WEIGHT_EPSILON = 1e-4
 ADAPTIVE_WEIGHT_MAX = 1e4
 
 ReconstructionKind = Literal["l1", "l2"]
-DiscriminatorLossKind = Literal["hinge", "vanilla"]
+DiscriminatorLossKind = Literal["hinge", "vanilla", "relativistic"]
 
 
 def reconstruction_error(
@@ -54,14 +54,22 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
+def relativistic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """(): mean softplus(fake - real), each patch of a reconstruction against the same patch of its image
+    (Jolicoeur-Martineau 2018, RpGAN). What the picture shows raises both logits alike and cancels, so that only what
+    the reconstruction lost is left to be learned."""
+    return F.softplus(fake - real).mean()
+
+
 def discriminator_loss(real: Tensor, fake: Tensor, kind: DiscriminatorLossKind = "hinge") -> Tensor:
     """(): what the discriminator minimises, from its logits on images and on reconstructions."""
-    return hinge_loss(real, fake) if kind == "hinge" else vanilla_loss(real, fake)
+    return {"hinge": hinge_loss, "vanilla": vanilla_loss, "relativistic": relativistic_loss}[kind](real, fake)
 
 
-def adversarial_loss(fake: Tensor) -> Tensor:
-    """(): -mean(fake), what the autoencoder minimises, for either kind of discriminator."""
-    return -fake.mean()
+def adversarial_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """(): what the autoencoder minimises: -mean(fake), as in the official code for either kind of discriminator; given
+    the logits of the images too, the relativistic loss with the parts exchanged."""
+    return -fake.mean() if real is None else relativistic_loss(fake, real)
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:

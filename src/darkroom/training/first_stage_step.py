@@ -71,6 +71,7 @@ class FirstStageTrainConfig:
     # onto latents of the batch, and at step 0 all of them, so that the codebook begins on the data. None: never
     initial_posterior_std: float = 0.1  # of a fresh autoencoder; with the natural 1 the noise hides the latent at first
     discriminator_start: int = 50_001  # train step from which the adversarial term counts
+    discriminator_warmup: int = 0  # train steps before `discriminator_start` in which only the discriminator learns
     discriminator_weight: float = 0.5  # 0: no discriminator at all
     discriminator_factor: float = 1.0
     discriminator_loss: DiscriminatorLossKind = "hinge"
@@ -88,8 +89,15 @@ class FirstStageTrainConfig:
         0.0  # more noise on z (its standard deviation): the decoder then forgives a denoiser's errors
     )
     flip: bool = False  # mirror each image left to right with probability 1/2
+    flat_share: float = 0.0  # of images replaced by one flat random colour: norms over positions see nothing like it in
+    # photos, and an autoencoder that never met it may shift the colour of a clear sky
     scale: Literal["element", "image"] = "element"  # "element" divides the official KL loss ("image") by C*H*W, so that
     # gradient clipping and reported losses mean the same at every size; AdamW's steps do not change. VQ: always means
+
+
+def discriminator_begins(config: FirstStageTrainConfig) -> int:
+    """The train step from which the discriminator learns. The autoencoder hears of it at `discriminator_start`."""
+    return max(0, config.discriminator_start - config.discriminator_warmup)
 
 
 def quieten_posterior(autoencoder: Autoencoder, std: float) -> None:
@@ -140,7 +148,7 @@ class FirstStageStep:
             parameters = all_parameters([self.discriminator])
             rate = config.discriminator_learning_rate
             optimizer = None if rate is None else OptimizerConfig(rate, betas=DISCRIMINATOR_BETAS, warmup_steps=20)
-            self.phases.append(Phase("discriminator", second, parameters, config.discriminator_start, optimizer))
+            self.phases.append(Phase("discriminator", second, parameters, discriminator_begins(config), optimizer))
         for module in self.modules.values():  # convolutions are faster in this layout; the values are the same
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -280,7 +288,11 @@ class AutoencoderPhase(nn.Module):
         leaf = precise(output.detach()).requires_grad_()
         adversarial = distance = None
         if discriminator is not None and factor > 0:
-            adversarial = adversarial_loss(precise(discriminator(leaf)))
+            real = None
+            if config.discriminator_loss == "relativistic":
+                with torch.no_grad():
+                    real = precise(discriminator(image))
+            adversarial = adversarial_loss(precise(discriminator(leaf)), real)
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
         contrast = None if self._frozen.contrast is None else self._frozen.contrast(precise(image), leaf)
@@ -305,6 +317,7 @@ class AutoencoderPhase(nn.Module):
                 gradient = gradient + (weight * factor) * adversarial_gradient
                 total = total + weight * factor * adversarial.detach()
                 metrics |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
+            if discriminator is not None and train_step >= discriminator_begins(config):
                 self.pairs.push(train_step, image, leaf)
             loss = _WithGradient.apply(output, gradient, total)
             metrics["nll"] = nll.detach()
@@ -384,7 +397,7 @@ class DiscriminatorPhase(nn.Module):
             real, fake = self.discriminator(image), self.discriminator(reconstruction)
         with torch.autocast(image.device.type, enabled=False):
             real, fake = precise(real), precise(fake)
-            factor = delayed(self.config.discriminator_factor, train_step, self.config.discriminator_start)
+            factor = delayed(self.config.discriminator_factor, train_step, discriminator_begins(self.config))
             loss = factor * discriminator_loss(real, fake, self.config.discriminator_loss)
         return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
 
@@ -405,7 +418,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def augment(image: Tensor, config: FirstStageTrainConfig, generator: torch.Generator) -> Tensor:
-    """(B, C, H, W) -> (B, C, crop, crop): each image cropped and mirrored on its own, with draws of `generator`."""
+    """(B, C, H, W) -> (B, C, crop, crop): each image cropped, mirrored or made flat, by draws of `generator`."""
     batch, _, height, width = image.shape
     if config.crop is not None and (height, width) != (config.crop, config.crop):
         if min(height, width) < config.crop:
@@ -419,6 +432,10 @@ def augment(image: Tensor, config: FirstStageTrainConfig, generator: torch.Gener
     if config.flip:
         mirrored = torch.rand(batch, generator=generator) < 0.5
         image = torch.where(mirrored.to(image.device).view(-1, 1, 1, 1), image.flip(-1), image)
+    if config.flat_share > 0:
+        flat = torch.rand(batch, generator=generator) < config.flat_share
+        colour = torch.rand(batch, image.shape[1], 1, 1, generator=generator) * 2 - 1
+        image = torch.where(flat.to(image.device).view(-1, 1, 1, 1), colour.to(image), image)
     return image
 
 
