@@ -211,6 +211,7 @@ def test_vector_alone_is_exported() -> None:
         ({"num_classes": 5, "adm_in_channels": 8}, "label and a vector"),
         ({"model_channels": 48, "num_heads": 2}, "16 and 32 groups"),
         ({"position_embedding": True}, "position_embedding"),
+        ({"target_time": True}, "target_time"),
     ],
 )
 def test_what_diffusers_lacks_is_refused(options: dict[str, Any], word: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from parity_data import PARITY, case_names, load_case, weights
 from torch import Tensor, nn
+from transformer_checks import check_target_time
 
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
@@ -384,6 +385,26 @@ def test_mask_hides_padding(disable: tuple[bool, ...] | None) -> None:
             masked = network(x, time, Conditioning(context=long, context_mask=mask))
             torch.testing.assert_close(masked, short, atol=1e-5, rtol=1e-5)
     assert changes(network, Conditioning(context=context), Conditioning(context=context, context_mask=mask))
+
+
+# ---- target time
+
+
+def test_target_time_is_read_and_leaves_the_official_function() -> None:
+    check_target_time(small(**FULL), UNet(UNetConfig(**{**vars(small(**FULL).config), "target_time": True})))
+
+
+def test_gradient_reaches_the_target_time() -> None:
+    network, (x, time) = small(**FULL, target_time=True), inputs()
+    network(x, time, full_conditioning(), time / 2).square().mean().backward()
+    own = [p for name, p in network.named_parameters() if name.startswith("target_time")]
+    assert len(own) == 4 and all(p.grad is not None and p.grad.any() for p in own)
+
+
+def test_a_target_time_that_nothing_reads() -> None:
+    x, time = inputs()
+    with pytest.raises(DarkroomError, match="target_time"):
+        small()(x, time, None, time)
 
 
 # ---- errors

@@ -47,6 +47,9 @@ def test_shipped_recipes_are_valid_as_written_and_as_resolved(name: str) -> None
         ({"steps": "many"}, False),
         ({"denoiser": {"network": {"num_res_blocks": [1, 2]}}}, True),
         ({"denoiser": {"network": {"modelchannels": 3}}}, False),
+        ({"denoiser": {"network": {"kind": "unet", "dropout": 0.1}}}, True),
+        ({"denoiser": {"network": {"kind": "dit"}}}, False),  # the base's options are the U-Net's
+        ({"denoiser": {"network": {"kind": "dti"}}}, False),
         ({"denoiser": {"prediction_type": "velo"}}, False),
         ({"conditioner": {"text": {"kind": "tekst"}}}, False),
         ({"conditioner": {"text": {"kind": "text", "width": 64, "slot": "context"}}}, False),

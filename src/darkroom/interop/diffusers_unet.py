@@ -300,6 +300,7 @@ def _refuse_what_diffusers_lacks(config: UNetConfig) -> None:
         (not c.conv_resample, "resampling without a convolution"),
         (c.disable_middle_self_attn, "a middle block without self-attention (disable_middle_self_attn)"),
         (c.position_embedding, "position_embedding"),
+        (c.target_time, "target_time"),
         (label_and_vector, "a label and a vector at once"),
         (len(groups) > 1, f"norms of {' and '.join(map(str, sorted(groups)))} groups in one network"),
     ):

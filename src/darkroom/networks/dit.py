@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W latent size, p patch side, N = H*W/p^2 image to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ class DiTConfig:
     use_checkpoint:   compute activations twice to save memory in training
     """
 
-    kind: str = "dit"
+    kind: Literal["dit"] = "dit"
     input_size: int = 32
     patch_size: int = 2
     in_channels: int = 4

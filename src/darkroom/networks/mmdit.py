@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class MMDiTConfig:
     use_checkpoint:   compute activations twice to save memory in training
     """
 
-    kind: str = "mmdit"
+    kind: Literal["mmdit"] = "mmdit"
     patch_size: int = 2
     in_channels: int = 16
     out_channels: int = 16

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class UNetConfig:
     target_time:            read the optional target time of one-step objectives (ours; its weights start at 0)
     """
 
-    kind: str = "unet"
+    kind: Literal["unet"] = "unet"
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 128
