@@ -10,7 +10,7 @@ from darkroom.conditioning.types import Conditioning
 from darkroom.denoiser import Denoiser
 from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
 from darkroom.errors import DarkroomError
-from darkroom.guidance import Guided, combine
+from darkroom.guidance import Guide, Guided, combine
 
 
 class ContextNetwork(nn.Module):
@@ -118,6 +118,68 @@ def test_rescale() -> None:
     assert combine(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), 6.0, rescale=1.0).isfinite().all()
     model, level = denoiser(), make_schedule(ScheduleConfig()).level(400.0)
     assert Guided(model, context(1), context(2), 6.0, rescale=0.7)(X, level).isfinite().all()
+
+
+def test_chain_of_modalities() -> None:
+    """null + s1 (c1 - null) + s2 (full - c1), in one batch of three; Brooks et al. 2023, eq. 3."""
+    model, level = denoiser(), make_schedule(ScheduleConfig()).level(400.0)
+    null, first, full = context(1), context(2), context(3)
+    raw = [model.predict(X, level, c).raw for c in (null, first, full)]
+    model.network.batches.clear()  # type: ignore[union-attr]
+    denoise = Guided(model, full, null, 5.0, between=[(first, 2.0)])
+    expected = raw[0] + 2.0 * (raw[1] - raw[0]) + 5.0 * (raw[2] - raw[1])
+    torch.testing.assert_close(denoise(X, level), model.x0_from_raw(expected, X, level))
+    assert denoise.nfe == 3 and model.network.batches == [9]  # type: ignore[union-attr]
+    # Equal scales are one step: the part between is not even evaluated.
+    even = Guided(model, full, null, 3.0, between=[(first, 3.0), (context(7), 3.0)])
+    torch.testing.assert_close(even(X, level), Guided(model, full, null, 3.0)(X, level))
+    assert even.nfe == 2
+    # A scale of 1 for all is no guidance; one of 0 leaves a modality out.
+    off = Guided(model, full, null, 1.0, between=[(first, 1.0)])
+    assert torch.equal(off(X, level), Guided(model, full)(X, level)) and off.nfe == 1
+    without = Guided(model, full, null, 0.0, between=[(first, 2.0)])
+    torch.testing.assert_close(without(X, level), Guided(model, first, null, 2.0)(X, level))
+    # Prompts of other lengths run one after the other.
+    uneven = Guided(model, context(3, length=7), null, 5.0, between=[(first, 2.0)])
+    assert uneven(X, level).isfinite().all() and uneven.nfe == 3
+
+
+class Weaker(nn.Module):
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning | None) -> Tensor:
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v", "x0", "edm"])
+def test_autoguidance(prediction_type: str) -> None:
+    """Karras et al. 2024, eq. 3: D0 + w (D1 - D0), for guides that predict the same thing and others."""
+    model = denoiser("v")
+    guide = Denoiser(Weaker(), make_schedule(ScheduleConfig()), prediction_type)
+    level = model.schedule.level(400.0)
+    denoise = Guided(model, context(1), scale=2.5, guide=Guide(guide))
+    strong, weak = model(X, level, context(1)), guide(X, level)
+    torch.testing.assert_close(denoise(X, level), weak + 2.5 * (strong - weak))
+    assert denoise.nfe == 2
+    inside = Guided(model, context(1), scale=2.5, guide=Guide(guide), interval=(1e3, 1e4), rescale=0.3)
+    assert torch.equal(inside(X, level), strong) and inside.nfe == 1
+    with pytest.raises(DarkroomError, match="takes the place"):
+        Guided(model, context(1), context(2), 2.0, guide=Guide(guide))
+    other = Denoiser(Weaker(), make_schedule(ScheduleConfig(kind="cosine")), "v")
+    with pytest.raises(DarkroomError, match="schedule"):
+        Guided(model, context(1), scale=2.0, guide=Guide(other))
+
+
+def test_learned_variance_is_that_of_the_condition() -> None:
+    class Both(ContextNetwork):
+        def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning | None) -> Tensor:
+            return torch.cat([super().forward(x, time, conditioning)] * 2, dim=1)
+
+    model = Denoiser(Both(), make_schedule(ScheduleConfig()), "epsilon", learned_variance=True)
+    level = model.schedule.level(400.0)
+    guided = Guided(model, context(1), context(2), 4.0).predict(X, level)
+    plain = model.predict(X, level, context(1))
+    assert guided.variance_share is not None and plain.variance_share is not None
+    torch.testing.assert_close(guided.variance_share, plain.variance_share)
+    assert not torch.allclose(guided.x0, plain.x0)
 
 
 def test_bad_options() -> None:

@@ -127,7 +127,7 @@ def test_text_and_class_together() -> None:
     [
         ({"prompt": "x", "size": (17, 16)}, "the nearest are 16 and 20"),
         ({"prompt": "x", "size": (16, 2)}, "height 2"),
-        ({"prompt": "x", "solver": "dpm++m2"}, 'did you mean "dpm++2m"'),
+        ({"prompt": "x", "solver": "dpm++ 2m"}, 'did you mean "dpm++2m"'),
         ({"prompt": "x", "steps": 0}, "steps is 0"),
         ({"prompt": "x", "batch_size": 0}, "batch size is 0"),
         ({"prompt": "x", "seed": -1}, "seed -1"),

@@ -82,7 +82,11 @@ def build_denoiser(config: Mapping[str, Any]) -> Denoiser:
     denoiser_config = from_dict(DenoiserConfig, config, "denoiser")
     network = NETWORKS[denoiser_config.network.kind](denoiser_config.network)
     denoiser = Denoiser(
-        network, make_schedule(denoiser_config.schedule), denoiser_config.prediction_type, denoiser_config.sigma_data
+        network,
+        make_schedule(denoiser_config.schedule),
+        denoiser_config.prediction_type,
+        denoiser_config.sigma_data,
+        denoiser_config.learned_variance,
     )
     denoiser.config_dict = to_dict(denoiser_config)
     return denoiser
@@ -140,7 +144,7 @@ def denoiser_config(
     network = config.network
     derived: dict[str, Any] = {
         "in_channels": latent_channels + conditioner.concat_channels,
-        "out_channels": latent_channels,
+        "out_channels": latent_channels * (2 if config.learned_variance else 1),
         "context_dim": conditioner.context_dim,
         "adm_in_channels": conditioner.vector_dim,
         # A kind of embedding ("sequential") is a choice, a number of classes follows.

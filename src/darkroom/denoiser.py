@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.conditioning.types import Conditioning
+from darkroom.diffusion.bound import log_variance_between, step_log_variances
 from darkroom.diffusion.levels import NoiseLevel
 from darkroom.diffusion.prediction import (
     PREDICTION_TYPES,
@@ -22,7 +23,7 @@ from darkroom.diffusion.prediction import (
     edm_target,
     x0_from_edm,
 )
-from darkroom.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from darkroom.diffusion.schedules import DDPMSchedule, NoiseSchedule, ScheduleConfig
 from darkroom.errors import DarkroomError
 from darkroom.networks.dit import DiTConfig
 from darkroom.networks.mmdit import MMDiTConfig
@@ -37,22 +38,27 @@ class DenoiserConfig:
     schedule: how much noise there is at which time
     prediction_type: what the network says
     sigma_data: standard deviation of x0 that `edm` assumes; null: the schedule's own
+    learned_variance: the network also says how uncertain each step is, in a second half of its output channels
+        (`learn_sigma` of the official code; Nichol & Dhariwal 2021)
     """
 
     network: UNetConfig | DiTConfig | MMDiTConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prediction_type: Literal["epsilon", "x0", "v", "velocity", "edm"] = "epsilon"
     sigma_data: float | None = None
+    learned_variance: bool = False
 
 
 @dataclass(frozen=True)
 class Prediction:
     """raw: what the network said; x0: the clean estimate it means; both (B, C, H, W).
-    log_variance: of the reverse step, for networks that predict it."""
+    variance_share: for networks with a learned variance, where the logarithm of a reverse step's variance lies
+    between beta-tilde (0) and beta (1), whatever the step. log_variance: of the step to the table's next level."""
 
     raw: Tensor
     x0: Tensor
     log_variance: Tensor | None = None
+    variance_share: Tensor | None = None
 
 
 def _working(x: Tensor) -> Tensor:
@@ -74,8 +80,10 @@ class Denoiser(nn.Module):
         schedule: NoiseSchedule,
         prediction_type: str = "epsilon",
         sigma_data: float | None = None,
+        learned_variance: bool = False,
     ) -> None:
-        """sigma_data: for `edm`; taken from the schedule's config unless given."""
+        """sigma_data: for `edm`; taken from the schedule's config unless given. learned_variance: the network gives
+        (B, 2C, H, W), of which the second half is about the variance."""
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise DarkroomError(
@@ -86,8 +94,14 @@ class Denoiser(nn.Module):
                 "prediction type 'epsilon' is undefined on a schedule that ends in pure noise (zero terminal SNR, "
                 "flow); use 'v', 'velocity' or 'x0'"
             )
+        if learned_variance and not isinstance(schedule, DDPMSchedule):
+            raise DarkroomError(
+                f'"denoiser.learned_variance" is about the steps of a DDPM table; '
+                f"schedule {schedule.config.kind!r} has none: remove it"
+            )
         self.network = network
         self.schedule = schedule
+        self.learned_variance = learned_variance
         self.prediction_type = prediction_type
         self.sigma_data = schedule.config.sigma_data if sigma_data is None else sigma_data
 
@@ -111,7 +125,22 @@ class Denoiser(nn.Module):
             conditioning = None if conditioning is None else conditioning.to(dtype=parameter.dtype)
         targets = () if at.target_time is None else (at.target_time,)
         raw = self.network(network_input, at.time, conditioning, *targets).to(x.dtype)
-        return Prediction(raw, self.x0_from_raw(raw, x, level))
+        if not self.learned_variance:
+            return Prediction(raw, self.x0_from_raw(raw, x, level))
+        raw, variance = raw.chunk(2, dim=1)
+        # Between -1 and 1 in the official code, without a bound.
+        share = (variance + 1) / 2
+        log_variance = log_variance_between(share, *self.table_log_variances(level))
+        return Prediction(raw, self.x0_from_raw(raw, x, level), log_variance, share)
+
+    def table_log_variances(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """(log beta-tilde, log beta) of the step from a level to the table's next, each (B,). The step to the data,
+        whose beta-tilde is 0, takes that of the step before (`posterior_log_variance_clipped`)."""
+        schedule, time = self.schedule, level.time
+        _, most = step_log_variances(level, schedule.level(time - 1))
+        time = time.clamp(min=1)
+        least, _ = step_log_variances(schedule.level(time), schedule.level(time - 1))
+        return least, most
 
     def x0_from_raw(self, raw: Tensor, x: Tensor, level: NoiseLevel) -> Tensor:
         """The clean estimate that a raw output means at x; guidance combines raw outputs and converts once."""

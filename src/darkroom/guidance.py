@@ -1,15 +1,21 @@
-"""`Guided`: a denoiser with conditioning and classifier-free guidance bound: the (x, level) -> x0 that solvers see."""
+"""`Guided`: a denoiser with conditioning and guidance bound: the (x, level) -> x0 that solvers see.
+
+Raw outputs of the network are combined and converted to x0 once. What is guided away from is the absence of conditions
+(classifier-free guidance), a chain of them that grows by one modality at a time, or a weaker model (autoguidance).
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from darkroom.conditioning.types import Conditioning
-from darkroom.denoiser import Denoiser
+from darkroom.denoiser import Denoiser, Prediction
 from darkroom.diffusion.levels import NoiseLevel
+from darkroom.diffusion.prediction import epsilon_from_x0
 from darkroom.errors import DarkroomError
 
 
@@ -18,13 +24,35 @@ def combine(conditional: Tensor, unconditional: Tensor, scale: float, rescale: f
 
     rescale: share in which the result gets the per-image standard deviation of `cond`; Lin et al. 2024, eq. 15-16.
     """
-    guided = unconditional + scale * (conditional - unconditional)
-    if rescale == 0:
+    return rescaled(unconditional + scale * (conditional - unconditional), conditional, rescale)
+
+
+def combine_chain(outputs: Sequence[Tensor], scales: Sequence[float], rescale: float = 0.0) -> Tensor:
+    """outputs (B, ...) of K + 1 conditionings, from the null to the full one, and K scales: out_0 +
+    sum_k scale_k (out_k - out_(k-1)); Brooks et al. 2023 (InstructPix2Pix), eq. 3. With equal scales it is `combine`.
+    """
+    guided = outputs[0]
+    for scale, one, before in zip(scales, outputs[1:], outputs[:-1], strict=True):
+        guided = guided + scale * (one - before)
+    return rescaled(guided, outputs[-1], rescale)
+
+
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """`guided` with, in part, the per-image standard deviation of `conditional`; Lin et al. 2024, eq. 15-16."""
+    if share == 0:
         return guided
     axes = tuple(range(1, guided.ndim))
     # An image that is constant has no deviation to keep: the tiny bound leaves it as it is instead of dividing by 0.
     factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-12)
-    return guided * (rescale * factor + (1 - rescale))
+    return guided * (share * factor + (1 - share))
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A weaker model of the same latents and schedule, and its own conditioning; Karras et al. 2024 (autoguidance)."""
+
+    denoiser: Denoiser
+    conditioning: Conditioning | None = None
 
 
 class Guided:
@@ -32,9 +60,12 @@ class Guided:
 
     null: the conditioning that is guided away from: the conditioner's null, or a negative prompt. Without it, or with
         scale 1, the network runs once per level; otherwise on a doubled batch, unconditional half first.
+    between: (conditioning, scale) pairs between the null and the full conditioning, which has `scale`; see
+        `combine_chain`. Neighbours of equal scale are one step of the chain.
+    guide: a weaker model in place of `null`.
     interval: (low, high) of sigma/alpha inside which guidance acts; outside the scale is 1 (Kynkaanniemi et al. 2024).
     rescale: see `combine`.
-    nfe: network evaluations per image so far.
+    nfe: network evaluations per image so far, the guide's included.
     """
 
     def __init__(
@@ -44,6 +75,8 @@ class Guided:
         null: Conditioning | None = None,
         scale: float = 1.0,
         *,
+        between: Sequence[tuple[Conditioning, float]] = (),
+        guide: Guide | None = None,
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
     ) -> None:
@@ -51,16 +84,28 @@ class Guided:
             raise DarkroomError(f"guidance interval {interval} is empty; give it as (low, high) of sigma")
         if not 0 <= rescale <= 1:
             raise DarkroomError(f"guidance rescale is {rescale}; it must be between 0 and 1")
+        if guide is not None and (null is not None or between):
+            raise DarkroomError("a guide takes the place of null conditioning; give one of them")
+        if guide is not None and guide.denoiser.schedule.config != denoiser.schedule.config:
+            raise DarkroomError("the guide has another noise schedule than the model; take one that was trained alike")
         self.denoiser = denoiser
         self.conditioning = conditioning
         self.null = null
         self.scale = float(scale)
+        self.guide = guide
         self.interval = interval
         self.rescale = rescale
         self.nfe = 0
+        full = conditioning if conditioning is not None else Conditioning()
+        chain = [*between, (full, self.scale)]
+        # out_k - out_(k-1) + out_(k+1) - out_k: where both have one factor the one between is never needed.
+        last = len(chain) - 1
+        self._chain = [link for k, link in enumerate(chain) if k == last or link[1] != chain[k + 1][1]]
 
     def _active(self, level: NoiseLevel) -> bool:
-        if self.null is None or self.scale == 1:
+        if self.guide is None and self.null is None:
+            return False
+        if all(scale == 1 for _, scale in self._chain):
             return False
         if self.interval is None:
             return True
@@ -71,24 +116,46 @@ class Guided:
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """x (B, C, H, W) at a scalar level -> x0 (B, C, H, W)."""
+        return self.predict(x, level).x0
+
+    def predict(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        """The guided raw output and x0. A learned variance is that of the full conditioning, as in the official DiT."""
         if not self._active(level):
             self.nfe += 1
-            return self.denoiser.predict(x, level, self.conditioning).x0
-        if self.scale == 0:
-            self.nfe += 1
-            return self.denoiser.predict(x, level, self.null).x0
-        self.nfe += 2
-        conditioning = self.conditioning if self.conditioning is not None else Conditioning()
+            return self.denoiser.predict(x, level, self.conditioning)
+        if self.guide is not None:
+            return self._away_from_guide(x, level, self.guide)
         assert self.null is not None
-        if _joinable(conditioning, self.null):
-            both = Conditioning.cat([self.null, conditioning])
-            raw = self.denoiser.predict(torch.cat([x, x]), level, both).raw
-            unconditional, conditional = raw.chunk(2)
-        else:
-            unconditional = self.denoiser.predict(x, level, self.null).raw
-            conditional = self.denoiser.predict(x, level, conditioning).raw
-        guided = combine(conditional, unconditional, self.scale, self.rescale)
-        return self.denoiser.x0_from_raw(guided, x, level)
+        if len(self._chain) == 1 and self.scale == 0:
+            self.nfe += 1
+            return self.denoiser.predict(x, level, self.null)
+        predictions = self._each(x, level, [self.null, *(conditioning for conditioning, _ in self._chain)])
+        raw = combine_chain([p.raw for p in predictions], [scale for _, scale in self._chain], self.rescale)
+        return replace(predictions[-1], raw=raw, x0=self.denoiser.x0_from_raw(raw, x, level))
+
+    def _each(self, x: Tensor, level: NoiseLevel, conditionings: list[Conditioning]) -> list[Prediction]:
+        """One prediction per conditioning; in one batch where all have the same slots and sizes."""
+        count = len(conditionings)
+        self.nfe += count
+        if not all(_joinable(conditionings[0], other) for other in conditionings[1:]):
+            return [self.denoiser.predict(x, level, conditioning) for conditioning in conditionings]
+        joined = self.denoiser.predict(torch.cat([x] * count), level, Conditioning.cat(conditionings))
+        parts = [
+            [None] * count if value is None else value.chunk(count)
+            for value in (getattr(joined, f.name) for f in fields(Prediction))
+        ]
+        return [Prediction(*values) for values in zip(*parts, strict=True)]
+
+    def _away_from_guide(self, x: Tensor, level: NoiseLevel, guide: Guide) -> Prediction:
+        """raw_guide + scale (raw - raw_guide); Karras et al. 2024 (autoguidance), eq. 3. A guide that predicts
+        something else is asked for x0 first, of which every raw output is an affine function."""
+        self.nfe += 2
+        own = self.denoiser.predict(x, level, self.conditioning)
+        other = guide.denoiser.predict(x, level, guide.conditioning)
+        alike = guide.denoiser.prediction_type == self.denoiser.prediction_type != "edm"
+        raw_guide = other.raw if alike else self.denoiser.target(other.x0, epsilon_from_x0(x, other.x0, level), level)
+        raw = combine(own.raw, raw_guide, self.scale, self.rescale)
+        return replace(own, raw=raw, x0=self.denoiser.x0_from_raw(raw, x, level))
 
 
 def _joinable(one: Conditioning, other: Conditioning) -> bool:

@@ -236,7 +236,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def latent_channels(self) -> int:
-        return int(self._network_config.out_channels)
+        return int(self._network_config.out_channels) // (2 if self.denoiser.learned_variance else 1)
 
     @torch.no_grad()
     def _run(
