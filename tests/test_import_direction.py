@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": set(),
     "networks": set(),
     "features": set(),
-    "conditioning": set(),
+    "conditioning": {"diffusion"},
     "first_stage": {"features"},
     "solvers": {"diffusion"},
     # the denoiser knows its network's configuration, never how to build it

@@ -117,14 +117,18 @@ def build_conditioner(config: Mapping[str, Any], first_stage: FirstStage | None 
         raise DarkroomError(f'unknown key "conditioner.{min(unknown)}"{nearest(min(unknown), ["encoders"])}')
     parts = _parts(first_stage)
     encoders: dict[str, ConditionEncoder] = {}
+    entries: dict[str, Any] = {}
     for name, entry in config.get("encoders", {}).items():
         kind = entry.get("kind")
         if kind not in ENCODERS:
             raise DarkroomError(f'"conditioner.{name}.kind" is {kind!r}{nearest(str(kind), ENCODERS)}')
         encoder = ENCODERS[kind]
-        encoders[name] = encoder.build(from_dict(encoder.config_class, entry, f"conditioner.{name}"), parts)
+        stated = from_dict(encoder.config_class, entry, f"conditioner.{name}")
+        complete = stated.fitted(parts)
+        encoders[name] = encoder.build(complete, parts)
+        entries[name] = dict(entry) if complete is stated else to_dict(complete)
     conditioner = Conditioner(encoders)
-    conditioner.config_dict = dict(config)  # type: ignore[assignment]
+    conditioner.config_dict = {"encoders": entries}  # type: ignore[assignment]
     return conditioner
 
 

@@ -7,7 +7,7 @@ model's pixel type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from darkroom.conditioning.classes import ClassEncoder
 from darkroom.conditioning.conditioner import Conditioner
+from darkroom.conditioning.requests import (
+    collate_values,
+    encoder_of,
+    encoders_of,
+    read_conditions,
+    record_conditions,
+)
 from darkroom.conditioning.types import Conditioning
 from darkroom.config import nearest
 from darkroom.denoiser import Denoiser
@@ -29,6 +35,7 @@ from darkroom.guidance import Guided
 from darkroom.pixel_format import PixelFormat
 from darkroom.solvers import SOLVERS, default_eta, default_spacing
 
+CONDITION_STREAM = 0x5EED_C0DE  # of the noise that is added to a condition, by exclusive or with an image's seed
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "solver": "dpm++2m", "batch_size": 16}
 
 
@@ -38,7 +45,8 @@ class Request:
 
     Lists of prompts (or class labels) and seeds have equal lengths, or one of them has a single entry for all images.
     `size` is (width, height) in pixels; `class_labels` are names or indices. `eta` is the share of fresh noise per
-    step, for solvers that draw noise.
+    step, for solvers that draw noise. `conditions`: what else the model takes, by field (`boxes`, `segmentation`, ...):
+    one value per image, or one for all. `noise_level`: for models that were trained with noise on a condition.
     """
 
     prompts: list[str] | None = None
@@ -51,6 +59,8 @@ class Request:
     size: tuple[int, int] | None = None
     negative_prompt: str | None = None
     batch_size: int | None = None
+    conditions: dict[str, Any] | None = None
+    noise_level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +132,16 @@ class LatentDiffusion(nn.Module):
         size: tuple[int, int] | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
+        noise_level: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         preview: Callable[[int, np.ndarray], None] | None = None,
         preview_every: int = 1,
+        **conditions: Any,
     ) -> Result:
-        """Images from prompts, class labels, or nothing (an unconditional model).
+        """Images from prompts, class labels, other conditions, or nothing (an unconditional model).
+
+        `conditions`: what else the model takes, by field: boxes=[("fox", 0.1, 0.2, 0.5, 0.9)], segmentation=an array of
+        class ids, low_resolution=a picture, image= and repaint_mask=, depth=, ... A list has one entry per image.
 
         Image k depends on its own seed, prompt and settings; the batch it is computed in changes at most the last
         rounding. `progress(done, total)` is called after every solver step. `preview(done, images)` is given what the
@@ -148,6 +163,8 @@ class LatentDiffusion(nn.Module):
                 size=size,
                 negative_prompt=negative_prompt,
                 batch_size=batch_size,
+                conditions=conditions or None,
+                noise_level=noise_level,
             )
         if preview is not None and preview_every < 1:
             raise DarkroomError(f"preview_every is {preview_every}: it must be at least 1")
@@ -182,9 +199,13 @@ class LatentDiffusion(nn.Module):
             if given is not None and name not in fields:
                 takes = " or ".join(sorted(fields)) if fields else "no condition at all"
                 raise DarkroomError(f"this model does not take {flag}: it was trained with {takes}")
+        conditions = read_conditions(self.conditioner, request.conditions, request.size)
+        if request.noise_level is not None and not any(e.noise_levels for e in encoders_of(self.conditioner)):
+            raise DarkroomError("this model was trained without noise on a condition: leave the noise level out")
         if request.negative_prompt is not None and "text" not in fields:
             raise DarkroomError("a negative prompt needs a model with a text encoder; this one has none")
-        count = max(len(request.seeds), len(request.prompts or []), len(request.class_labels or []))
+        lists: list[Sequence[Any]] = [request.seeds, request.prompts or [], request.class_labels or []]
+        count = max(len(values) for values in [*lists, *conditions.values()])
 
         def spread(name: str, values: list[Any] | None) -> list[Any] | None:
             if values is None or len(values) == count:
@@ -195,12 +216,14 @@ class LatentDiffusion(nn.Module):
 
         labels = None
         if request.class_labels is not None:
-            labels = [self._class_encoder().class_index(label) for label in request.class_labels]
+            encoder = encoder_of(self.conditioner, "class_label")
+            labels = [encoder.from_request("class_label", label, request.size) for label in request.class_labels]
         return replace(
             request,
             prompts=spread("prompts", request.prompts),
             class_labels=spread("classes", labels),
             seeds=spread("seeds", request.seeds) or [],
+            conditions={name: spread(name, values) for name, values in conditions.items()} or None,
         )
 
     def _eta(self, solver: str, eta: float | None) -> float | None:
@@ -222,9 +245,6 @@ class LatentDiffusion(nn.Module):
                     f"{name} {value} does not fit this model: sizes are multiples of {factor}, "
                     f"the nearest are {low} and {low + factor}"
                 )
-
-    def _class_encoder(self) -> ClassEncoder:
-        return next(e for e in self.conditioner.encoders.values() if isinstance(e, ClassEncoder))
 
     @property
     def _network_config(self) -> Any:
@@ -293,7 +313,7 @@ class LatentDiffusion(nn.Module):
         denoise = Guided(
             self.denoiser,
             self.encode_condition(request, part),
-            self.encode_negative(request, len(seeds)),
+            self.encode_negative(request, part),
             scale=request.guidance_scale,
         )
         grid = self.grid(request.solver, request.steps)
@@ -310,25 +330,43 @@ class LatentDiffusion(nn.Module):
 
     def encode_condition(self, request: Request, part: slice) -> Conditioning:
         """The conditioning of some images of a validated request; what is not given is null."""
-        count = len(request.seeds[part])
-        batch: dict[str, Any] = dict.fromkeys(self.conditioner.fields)
-        if request.prompts is not None:
-            batch["text"] = request.prompts[part]
-        if request.class_labels is not None:
-            batch["class_label"] = request.class_labels[part]
-        if all(value is None for value in batch.values()):
-            return self.conditioner.null(count).to(self.device)
-        return self.conditioner(batch).to(self.device)
+        return self._encode(self._batch(request, part), request, part)
 
-    def encode_negative(self, request: Request, count: int) -> Conditioning | None:
+    def encode_negative(self, request: Request, part: slice) -> Conditioning | None:
         """What guidance pushes away from: the negative prompt, else the null conditioning; None where there is no
-        guidance (a model without conditions, or scale 1, which a model without null conditioning needs)."""
+        guidance (a model without conditions, or scale 1, which a model without null conditioning needs). Conditions
+        that stay on both sides of guidance are as asked for."""
         if not self.conditioner.fields or request.guidance_scale == 1:
             return None
+        batch = self._batch(request, part)
+        staying = {field for encoder in encoders_of(self.conditioner) if encoder.stays for field in encoder.fields}
+        batch = {field: value if field in staying else None for field, value in batch.items()}
         if request.negative_prompt:
-            batch = dict.fromkeys(self.conditioner.fields) | {"text": [request.negative_prompt] * count}
-            return self.conditioner(batch).to(self.device)
-        return self.conditioner.null(count).to(self.device)
+            batch["text"] = [request.negative_prompt] * len(request.seeds[part])
+        absent = [name for name, e in self.conditioner.encoders.items() if e.field != "text" and not e.stays]
+        return self._encode(batch, request, part, absent)
+
+    def _batch(self, request: Request, part: slice) -> dict[str, Any]:
+        """Every field of the conditioner for some images; None where nothing was given."""
+        given = {"text": request.prompts, "class_label": request.class_labels, **(request.conditions or {})}
+        values = {field: given.get(field) for field in self.conditioner.fields}
+        return {field: None if value is None else collate_values(value[part]) for field, value in values.items()}
+
+    def _encode(
+        self, batch: dict[str, Any], request: Request, part: slice, absent: Collection[str] = ()
+    ) -> Conditioning:
+        assert request.size is not None
+        seeds = request.seeds[part]
+        for encoder in encoders_of(self.conditioner):
+            value = batch[encoder.field]
+            if encoder.noise_levels and value is not None:
+                # A stream of its own: the same draws as the first noise of the image would be seen in the picture.
+                noise = SeededNoise([seed ^ CONDITION_STREAM for seed in seeds], value.shape[1:], value.device)
+                batch[encoder.field] = encoder.noised(value, request.noise_level, noise(0))
+        nothing = all(value is None for value in batch.values())
+        conditioning = self.conditioner.null(len(seeds)) if nothing else self.conditioner(batch, absent=absent)
+        width, height = request.size
+        return conditioning.to(self.device).spread(-(-height // self.downsampling), -(-width // self.downsampling))
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]; large ones in exact strips."""
@@ -337,11 +375,13 @@ class LatentDiffusion(nn.Module):
     def _settings(self, request: Request, nfe: int) -> list[dict[str, Any]]:
         from darkroom import __version__
 
-        record = asdict(request)
+        record = asdict(replace(request, conditions=None))
         record["size"] = list(request.size or ())
         if request.class_labels is not None:
-            names = self._class_encoder().config.classes
-            record["class_labels"] = [names[int(i)] for i in request.class_labels]
+            encoder = encoder_of(self.conditioner, "class_label")
+            record["class_labels"] = [encoder.record("class_label", label) for label in request.class_labels]
+        if request.conditions is not None:
+            record["conditions"] = record_conditions(self.conditioner, request.conditions)
         model = {k: self.info[k] for k in ("name", "sha256") if k in self.info}
         return [
             {

@@ -26,6 +26,7 @@ from darkroom.build import (
     pixel_first_stage,
 )
 from darkroom.config import from_dict, merge, to_dict
+from darkroom.data.batches import collate
 from darkroom.data.inspection import glimpse
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
@@ -116,12 +117,12 @@ def automatic_recipe(source: str, minutes: float | None, data: Mapping[str, Any]
 
 
 class _RandomBatches:
-    """Random images of the right shape with real labels and captions: enough to time a step."""
+    """Random images of the right shape with real labels, captions, boxes, ...: enough to time a step."""
 
-    def __init__(self, shape: tuple[int, ...], batch_size: int, labels: Mapping[str, Any]) -> None:
+    def __init__(self, shape: tuple[int, ...], batch_size: int, conditions: Mapping[str, Any]) -> None:
         generator = torch.Generator().manual_seed(0)
         self.batch: Batch = {"image": torch.rand(batch_size, *shape, generator=generator) * 2 - 1}
-        self.batch |= {key: [value] * batch_size for key, value in labels.items()}
+        self.batch |= collate([dict(conditions)] * batch_size)
 
     def batch_at(self, train_step: int, micro: int = 0) -> Batch:
         return dict(self.batch)
@@ -249,13 +250,13 @@ class Planner:
         width, height = self.recipe.data.width_height
         shape: tuple[int, ...] = (self.recipe.data.channels, height, width)
         example = self.data[0]
-        batches = _RandomBatches(
-            shape, config.batch_size, {f: example[f] for f in self.conditioner.fields if f in example}
-        )
+        fields = [f for f in self.conditioner.fields if f in example and f != "image"]
+        batches = _RandomBatches(shape, config.batch_size, {f: example[f] for f in fields})
         if isinstance(step, DenoiserStep) and self.first_stage is not None:
             f = self.first_stage.downsampling
             moments = torch.zeros(config.batch_size, 2 * self.first_stage.latent_channels, height // f, width // f)
-            del batches.batch["image"]
+            if "image" not in self.conditioner.fields:
+                del batches.batch["image"]
             batches.batch["moments"] = moments
         return batches
 

@@ -32,6 +32,7 @@ from darkroom.build import (
     pixel_first_stage,
 )
 from darkroom.conditioning.conditioner import Conditioner
+from darkroom.conditioning.requests import encoders_of
 from darkroom.config import from_dict, nearest, to_dict
 from darkroom.data.batches import Batches, collate, pixels_of
 from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
@@ -540,7 +541,23 @@ class _Job:
         elif "class_label" in conditioner.fields:
             classes = len(self.data.class_names or [0])
             labels = [i % classes for i in range(count)]
-        return Request(prompts=prompts, class_labels=labels, seeds=list(range(count)))
+        conditions = self._sample_conditions(conditioner, count)
+        return Request(prompts=prompts, class_labels=labels, seeds=list(range(count)), conditions=conditions)
+
+    def _sample_conditions(self, conditioner: Conditioner, count: int) -> dict[str, Any] | None:
+        """Boxes, maps and pictures of the examples whose captions are the prompts. With the recipe's own prompts only
+        those that the network cannot do without."""
+        wanted = {
+            field
+            for encoder in encoders_of(conditioner)
+            if encoder.stays or self.recipe.evaluate.prompts is None
+            for field in encoder.fields
+        } - {"text", "class_label"}
+        if not wanted:
+            return None
+        source = self.validation if len(self.validation) else self.data
+        examples = [source[i * len(source) // count] for i in range(count)]
+        return {field: [example[field] for example in examples] for field in sorted(wanted)}
 
     # --- words about the run ---
 

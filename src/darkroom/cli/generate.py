@@ -404,6 +404,7 @@ def _slice(request: Request, part: slice) -> Request:
         prompts=request.prompts[part] if request.prompts is not None else None,
         class_labels=request.class_labels[part] if request.class_labels is not None else None,
         seeds=request.seeds[part],
+        conditions={name: values[part] for name, values in (request.conditions or {}).items()} or None,
     )
 
 

@@ -85,6 +85,12 @@ class ClassEncoder(ConditionEncoder):
             raise DarkroomError(f"unknown class {value}; this model has the classes 0 to {count - 1}")
         return int(value)
 
+    def from_request(self, field: str, value: Any, size: tuple[int, int]) -> int:
+        return self.class_index(value)
+
+    def record(self, field: str, value: Any) -> str:
+        return self.config.classes[value]
+
     def _indices(self, values: Sequence[Any] | Tensor) -> Tensor:
         """Names, numbers, None (no class) or a tensor of numbers up to the null class -> (B,) int64 on the CPU or the
         tensor's device."""

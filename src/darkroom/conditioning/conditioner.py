@@ -94,11 +94,16 @@ class Conditioner(nn.Module):
             parts.append(
                 encoder.encode(values) if keep is None or bool(keep.all()) else encoder.encode_kept(values, keep)
             )
-        return merge(parts)
+        return self._merged(parts)
 
     def null(self, batch_size: int) -> Conditioning:
         """Every condition absent."""
-        return merge([encoder.null(batch_size) for _, encoder in self._items()])
+        return self._merged([encoder.null(batch_size) for _, encoder in self._items()])
+
+    def _merged(self, parts: Sequence[Conditioning]) -> Conditioning:
+        """Joined where the parameters are; encoders without any give what they give where their values are."""
+        device = next((p.device for p in self.parameters()), None)
+        return merge([part.to(device) for part in parts])
 
     def _batch_size(self, batch: Mapping[str, Any]) -> int:
         sizes = {field: len(batch[field]) for field in self.fields if batch.get(field) is not None}

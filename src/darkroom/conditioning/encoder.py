@@ -7,9 +7,10 @@ Shapes: B batch, C channels, H W image size.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -54,6 +55,10 @@ class EncoderConfig:
         """The config with what the data decides: classes, a tokenizer. `name` is for messages."""
         return self
 
+    def fitted(self, parts: Parts) -> Self:
+        """The config with what the first stage decides: channels, sizes. What it states already, it keeps."""
+        return self
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -61,14 +66,14 @@ class Parts:
 
     encode:          images (B, C, H, W) in [-1, 1] -> latents (B, E, h, w), normalised or as the autoencoder gives them
     downsampling:    pixels of an image per pixel of its latent, along each side
-    latent_channels, image_channels: E and C
+    latent_channels, image_channels: E and C. None without a first stage: the config must then say what it needs
     transformer:     makes the text tower of the paper from the options of `networks.text.TextTransformerConfig`
     """
 
     encode: Callable[[Tensor, bool], Tensor] | None = None
-    downsampling: int = 1
-    latent_channels: int = 4
-    image_channels: int = 3
+    downsampling: int | None = None
+    latent_channels: int | None = None
+    image_channels: int | None = None
     transformer: Callable[..., nn.Module] | None = None
 
     def needed_encode(self, kind: str) -> Callable[[Tensor, bool], Tensor]:
@@ -115,6 +120,12 @@ class ConditionEncoder(nn.Module, ABC):
         return self.fields[-1]
 
     @property
+    def stays(self) -> bool:
+        """Whether guidance has this condition on both sides: a map that training never dropped has no null that the
+        network knows. So it is in the official inpainting, depth and upscaling models."""
+        return "concat" in self.widths and self.drop_rate == 0
+
+    @property
     def slots(self) -> tuple[str, ...]:
         return tuple(self.widths)
 
@@ -136,13 +147,43 @@ class ConditionEncoder(nn.Module, ABC):
         """What training adds to the values before they are encoded, such as noise, drawn from the generator."""
         return values
 
-    def from_request(self, value: Any, size: tuple[int, int]) -> Any:
-        """What someone asked for one image of (width, height) -> one example's value, as the data would give it."""
+    @property
+    def noise_levels(self) -> int:
+        """Above 0: the values get noise of a level below this, in training and when images are made."""
+        return 0
+
+    def noised(self, values: Any, level: int | None, noise: Tensor) -> Any:
+        """The values with noise of a level, as generation uses them; None: the config's own level."""
+        return values
+
+    def from_request(self, field: str, value: Any, size: tuple[int, int]) -> Any:
+        """What someone asked for one image of (width, height) -> one example's value of the field, as the data would
+        give it. Raises DarkroomError for what cannot be."""
         return value
+
+    def record(self, field: str, value: Any) -> Any:
+        """That value as JSON, for the settings inside an image: tensors are known by their digest."""
+        return {"sha256": digest_of(value), "shape": list(value.shape)} if isinstance(value, Tensor) else value
 
     def several(self, value: Any) -> bool:
         """Whether a value of a request is a list with one entry per image, not one value for all of them."""
         return isinstance(value, (list, tuple))
+
+
+def fill(config: Any, **values: Any) -> Any:
+    """The dataclass with `values` in the fields that are None. Raises DarkroomError where nobody knows one."""
+    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
+    if any(value is None for value in missing.values()):
+        raise DarkroomError(
+            f'a condition of kind "{config.kind}" needs {" and ".join(missing)}: '
+            "give the model a first stage, or state it in the condition's settings"
+        )
+    return replace(config, **missing)
+
+
+def digest_of(value: Tensor) -> str:
+    """SHA-256 of a tensor's numbers."""
+    return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def batch_values(batch: Mapping[str, Any], fields: Collection[str]) -> Any:

@@ -6,11 +6,23 @@ from typing import TYPE_CHECKING, Union
 
 from darkroom.conditioning.classes import ClassEncoder
 from darkroom.conditioning.encoder import ConditionEncoder, EncoderConfig
+from darkroom.conditioning.layout import LayoutEncoder
+from darkroom.conditioning.maps import DepthEncoder, LowResolutionEncoder, MaskedImageEncoder
+from darkroom.conditioning.segmentation import SegmentationEncoder, SegmentationTokens
 from darkroom.conditioning.text import TextEncoder
+from darkroom.conditioning.vectors import LabelEncoder, VectorEncoder
 
 ENCODERS: dict[str, type[ConditionEncoder]] = {
     "class": ClassEncoder,
     "text": TextEncoder,
+    "boxes": LayoutEncoder,
+    "segmentation": SegmentationEncoder,
+    "segmentation_tokens": SegmentationTokens,
+    "low_resolution": LowResolutionEncoder,
+    "masked_image": MaskedImageEncoder,
+    "depth": DepthEncoder,
+    "label": LabelEncoder,
+    "vector": VectorEncoder,
 }
 
 if TYPE_CHECKING:

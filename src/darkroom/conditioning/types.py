@@ -77,5 +77,5 @@ class Conditioning:
             if (a is None) != (b is None):
                 raise ValueError(f"cannot mix conditionings: only one fills the slot {f.name!r}")
             if a is not None:
-                slots[f.name] = torch.where(keep.to(a.device).view(-1, *[1] * (a.ndim - 1)), a, b)
+                slots[f.name] = torch.where(keep.to(a.device).view(-1, *[1] * (a.ndim - 1)), a, b.to(a.device))
         return Conditioning(**slots)

@@ -58,7 +58,7 @@ class DenoiserPhase(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.denoiser.parameters()).device
         x0 = batch_latent(batch, self._frozen[0], generator, device)
-        conditioning = self.conditioner(batch, generator)
+        conditioning = self.conditioner(batch, generator).to(device)
         time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator)
         level = self.denoiser.schedule.level(time)
         noise = draw(x0.shape, generator, x0)
@@ -99,7 +99,7 @@ class DenoiserStep:
         for i, batch in enumerate(batches):
             generator = step_generator(seed, "validation", i)
             x0 = batch_latent(batch, self.first_stage, generator, device)
-            conditioning = self.conditioner(batch)
+            conditioning = self.conditioner(batch).to(device)
             for j in range(times):
                 noise = draw(x0.shape, generator, x0)
                 level = self.denoiser.schedule.level(grid[j].expand(x0.shape[0]))
