@@ -24,6 +24,7 @@ from darkroom.interop.diffusers_unet import (
     to_diffusers,
     to_diffusers_config,
 )
+from darkroom.networks.blocks import timestep_embedding
 from darkroom.networks.unet import UNet, UNetConfig
 
 
@@ -238,7 +239,9 @@ def test_what_diffusers_lacks_is_refused(options: dict[str, Any], word: str) -> 
         ({"norm_num_groups": 16}, "norm_num_groups"),
         ({"resnet_time_scale_shift": "ada_group"}, "ada_group"),
         ({"class_embed_type": "identity"}, "identity"),
-        ({"addition_embed_type": "text_time"}, "text_time"),
+        ({"addition_embed_type": "text_image"}, "text_image"),
+        ({"addition_embed_type": "text_time", "class_embed_type": "timestep"}, "beside a class"),
+        ({"addition_embed_type": "text_time"}, "beside a class"),
         ({"transformer_layers_per_block": [[1, 1], 1, 1, 1]}, "transformer_layers_per_block"),
     ],
 )
@@ -257,3 +260,103 @@ def test_weights_must_fit_the_config() -> None:
         to_diffusers({**state, "extra": torch.zeros(1)}, ours)
     with pytest.raises(DarkroomError, match="diffusers U-Net: the state dict lacks"):
         from_diffusers(state, ours)
+
+
+# ---- the shapes of the published models: every option of their configs at a tenth of the width, so that heads, depths,
+# levels and inputs are theirs
+
+PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
+    "sd1": ({"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attention_resolutions": (1, 2, 4), "num_heads": 8,
+             "context_dim": 77}, None),
+    "sd1_inpainting": ({"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attention_resolutions": (1, 2, 4),
+                        "num_heads": 8, "context_dim": 77, "in_channels": 9}, None),
+    "sd2": ({"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attention_resolutions": (1, 2, 4), "num_heads": None,
+             "num_head_channels": 8, "context_dim": 102, "use_linear_in_transformer": True}, None),
+    "sd2_depth": ({"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attention_resolutions": (1, 2, 4),
+                   "num_heads": None, "num_head_channels": 8, "context_dim": 102, "use_linear_in_transformer": True,
+                   "in_channels": 5}, None),
+    "sd2_unclip": ({"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attention_resolutions": (1, 2, 4),
+                    "num_heads": None, "num_head_channels": 8, "context_dim": 102, "use_linear_in_transformer": True,
+                    "num_classes": "sequential", "adm_in_channels": 64}, None),
+    "x4_upscaler": ({"channel_mult": (1, 2, 2, 4), "num_res_blocks": 2, "attention_resolutions": (2, 4, 8),
+                     "num_heads": 8, "context_dim": 102, "use_linear_in_transformer": True, "in_channels": 7,
+                     "num_classes": 1000, "disable_self_attentions": (True, True, True, False)}, None),
+    "sdxl": ({"channel_mult": (1, 2, 4), "num_res_blocks": 2, "attention_resolutions": (2, 4), "num_heads": None,
+              "num_head_channels": 8, "context_dim": 205, "use_linear_in_transformer": True,
+              "transformer_depth": (1, 2, 10), "num_classes": "sequential", "adm_in_channels": 80 + 6 * 8}, 8),
+    "sdxl_refiner": ({"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attention_resolutions": (2, 4),
+                      "num_heads": None, "num_head_channels": 8, "context_dim": 128,
+                      "use_linear_in_transformer": True, "transformer_depth": 4, "num_classes": "sequential",
+                      "adm_in_channels": 80 + 5 * 8}, 8),
+}  # fmt: skip
+
+
+def timestep_embedding_of_sizes(sizes: Tensor, width: int) -> Tensor:
+    return timestep_embedding(sizes.flatten(), width).reshape(sizes.shape[0], -1)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_shapes_of_published_models(name: str) -> None:
+    options, added = PUBLISHED[name]
+    ours = config(**options)
+    torch.manual_seed(0)
+    network = UNet(ours).eval()
+    for parameter in network.parameters():
+        parameter.normal_(std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    other = UNet2DConditionModel.from_config(to_diffusers_config(ours, addition_time_embed_dim=added)).eval()
+    other.load_state_dict(to_diffusers(network.state_dict(), ours, added), strict=True)
+    x, time, conditioning = inputs(ours, size=(16, 24))
+    if added is None:
+        theirs = call(other, x, time, conditioning)
+    else:
+        # SDXL: pooled text and the embedded sizes, joined by the pipeline there and by the conditioner here.
+        count = (ours.adm_in_channels - 80) // added  # type: ignore[operator]
+        pooled, sizes = (
+            torch.randn(2, 80),
+            torch.tensor([[1024.0, 768, 0, 16, 512, 640], [64, 32, 7, 0, 1, 6]])[:, :count],
+        )
+        vector = torch.cat([pooled, timestep_embedding_of_sizes(sizes, added)], dim=1)
+        conditioning = replace(conditioning, vector=vector)
+        theirs = other(
+            x,
+            time,
+            encoder_hidden_states=conditioning.context,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+        ).sample
+    mine = network(x, time, conditioning)
+    assert mine.std() > 0.1
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    written = json.loads(other.to_json_string())
+    assert from_diffusers_config(written) == ours
+    back = from_diffusers(other.state_dict(), ours)
+    assert back.keys() == network.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in network.state_dict().items())
+
+
+def test_names_and_parameters_of_full_sdxl() -> None:
+    """stabilityai/stable-diffusion-xl-base-1.0: 2 567 463 684 parameters."""
+    ours = UNetConfig(
+        model_channels=320,
+        channel_mult=(1, 2, 4),
+        attention_resolutions=(2, 4),
+        num_head_channels=64,
+        use_spatial_transformer=True,
+        transformer_depth=(1, 2, 10),
+        context_dim=2048,
+        use_linear_in_transformer=True,
+        num_classes="sequential",
+        adm_in_channels=2816,
+        legacy=False,
+    )
+    with torch.device("meta"):
+        network = UNet(ours)
+        other = UNet2DConditionModel.from_config(to_diffusers_config(ours, 128, 256))
+    assert sum(p.numel() for p in network.parameters()) == 2_567_463_684
+    renamed = to_diffusers(network.state_dict(), ours, 256)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in other.state_dict().items()}
+
+
+def test_only_a_vector_can_be_an_added_condition() -> None:
+    with pytest.raises(DarkroomError, match="adm_in_channels"):
+        to_diffusers_config(config(), addition_time_embed_dim=256)

@@ -21,6 +21,7 @@ from darkroom.errors import DarkroomError
 from darkroom.networks.unet import UNetConfig
 
 CLASS_NAME = "UNet2DConditionModel"
+ADDED_WIDTH = 256  # of the six embedded sizes of SDXL
 
 # ours: theirs, inside a residual block; `skip_connection` exists only where the width changes.
 RESIDUAL = {
@@ -60,8 +61,6 @@ NEUTRAL: dict[str, Any] = {
     "encoder_hid_dim_type": None,
     "num_attention_heads": None,
     "dual_cross_attention": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
@@ -76,7 +75,13 @@ NEUTRAL: dict[str, Any] = {
     "cross_attention_norm": None,
 }
 # Entries that say nothing about the function computed.
-UNREAD = ("sample_size", "upcast_attention", "mid_block_only_cross_attention", "addition_embed_type_num_heads")
+UNREAD = (
+    "sample_size",
+    "upcast_attention",
+    "mid_block_only_cross_attention",
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",  # of SDXL: how its pipeline embeds sizes, which here is the conditioner's matter
+)
 # Entries that are translated, with diffusers' defaults: its config files leave out what older versions did not know.
 TRANSLATED: dict[str, Any] = {
     "in_channels": 4,
@@ -94,17 +99,23 @@ TRANSLATED: dict[str, Any] = {
     "use_linear_projection": False,
     "class_embed_type": None,
     "num_class_embeds": None,
+    "addition_embed_type": None,
     "projection_class_embeddings_input_dim": None,
     "resnet_time_scale_shift": "default",
 }
 
 
-def to_diffusers_config(config: UNetConfig, sample_size: int | None = None) -> dict[str, Any]:
+def to_diffusers_config(
+    config: UNetConfig, sample_size: int | None = None, addition_time_embed_dim: int | None = None
+) -> dict[str, Any]:
     """The arguments of `UNet2DConditionModel` for the same network; JSON-ready.
 
     sample_size: the latent's usual side, which pipelines read and the network does not.
+    addition_time_embed_dim: makes the vector an "added condition" as in SDXL, where it is the pooled text and the
+        embeddings, of this width each, of six numbers; otherwise it is a class embedding as in unCLIP.
     """
     _refuse_what_diffusers_lacks(config)
+    added = _is_added(config, addition_time_embed_dim)
     levels = range(len(config.channel_mult))
     channels = [config.model_channels * mult for mult in config.channel_mult]
     attention = [_has_attention(config, level) for level in levels]
@@ -132,7 +143,9 @@ def to_diffusers_config(config: UNetConfig, sample_size: int | None = None) -> d
         # diffusers' name is a historical mistake that it keeps: this is the number of heads.
         "attention_head_dim": _one_if_equal(heads),
         "use_linear_projection": config.use_linear_in_transformer,
-        "class_embed_type": "simple_projection" if continuous else "projection" if vector else None,
+        "class_embed_type": "simple_projection" if continuous else "projection" if vector and not added else None,
+        "addition_embed_type": "text_time" if added else None,
+        "addition_time_embed_dim": addition_time_embed_dim,
         "num_class_embeds": config.num_classes if isinstance(config.num_classes, int) else None,
         "projection_class_embeddings_input_dim": 1 if continuous else config.adm_in_channels,
         "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
@@ -190,20 +203,24 @@ def from_diffusers_config(config: Mapping[str, Any]) -> UNetConfig:
     return result
 
 
-def key_table(config: UNetConfig) -> dict[str, str]:
+def key_table(config: UNetConfig, addition_time_embed_dim: int | None = None) -> dict[str, str]:
     """ours: theirs, for every tensor of the network, in the order of our layers."""
     _refuse_what_diffusers_lacks(config)
-    return dict(_rows(config))
+    return dict(_rows(config, _is_added(config, addition_time_embed_dim)))
 
 
-def to_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+def to_diffusers(
+    state: Mapping[str, Tensor], config: UNetConfig, addition_time_embed_dim: int | None = None
+) -> dict[str, Tensor]:
     """The state dict of our `UNet(config)` under diffusers' names. The tensors are the same objects."""
-    return _renamed(state, key_table(config), "U-Net")
+    return _renamed(state, key_table(config, addition_time_embed_dim), "U-Net")
 
 
 def from_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`; `config` is ours."""
-    return _renamed(state, {theirs: ours for ours, theirs in key_table(config).items()}, "diffusers U-Net")
+    """The inverse of `to_diffusers`; `config` is ours. Whether the vector is an added condition is seen in the names."""
+    added = any(name.startswith("add_embedding.") for name in state)
+    table = key_table(config, ADDED_WIDTH if added else None)
+    return _renamed(state, {theirs: ours for ours, theirs in table.items()}, "diffusers U-Net")
 
 
 def _renamed(state: Mapping[str, Tensor], table: Mapping[str, str], what: str) -> dict[str, Tensor]:
@@ -217,7 +234,15 @@ def _renamed(state: Mapping[str, Tensor], table: Mapping[str, str], what: str) -
     return {name: state[old] for old, name in table.items()}
 
 
-def _rows(config: UNetConfig) -> Iterator[tuple[str, str]]:
+def _is_added(config: UNetConfig, addition_time_embed_dim: int | None) -> bool:
+    if addition_time_embed_dim is not None and config.adm_in_channels is None:
+        raise DarkroomError(
+            "U-Net: only a network with a vector (adm_in_channels) has an added condition; leave it out"
+        )
+    return addition_time_embed_dim is not None
+
+
+def _rows(config: UNetConfig, added: bool) -> Iterator[tuple[str, str]]:
     """(ours, theirs) per tensor; follows the constructor of `UNet`."""
     for ours, theirs in ENDS.items():
         yield from _both(ours, theirs)
@@ -227,8 +252,9 @@ def _rows(config: UNetConfig) -> Iterator[tuple[str, str]]:
         yield from _both("label_emb", "class_embedding")
     elif config.adm_in_channels is not None:
         prefix = "label_emb.0" if config.num_classes == "sequential" else "vector_emb"
-        yield from _both(f"{prefix}.0", "class_embedding.linear_1")
-        yield from _both(f"{prefix}.2", "class_embedding.linear_2")
+        embedding = "add_embedding" if added else "class_embedding"
+        yield from _both(f"{prefix}.0", f"{embedding}.linear_1")
+        yield from _both(f"{prefix}.2", f"{embedding}.linear_2")
 
     levels = len(config.channel_mult)
     block, channels, skips = 1, config.model_channels, [config.model_channels]
@@ -346,9 +372,9 @@ def _same_everywhere(value: Any, count: int, name: str) -> Any:
     return one
 
 
-def _choice(get: Mapping[str, Any], name: str, choices: Mapping[str, Any]) -> Any:
+def _choice(get: Mapping[str, Any], name: str, choices: Mapping[Any, Any]) -> Any:
     if get[name] not in choices:
-        raise DarkroomError(f'diffusers U-Net: "{name}" is {get[name]!r}; known here: {", ".join(choices)}')
+        raise DarkroomError(f'diffusers U-Net: "{name}" is {get[name]!r}; known here: {", ".join(map(str, choices))}')
     return choices[get[name]]
 
 
@@ -386,6 +412,11 @@ def _class_option(get: Mapping[str, Any]) -> dict[str, Any]:
     kind, classes, width = (
         get[name] for name in ("class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim")
     )
+    added = _choice(get, "addition_embed_type", {None: False, "text_time": True})
+    if added and kind is None and classes is None and width is not None:
+        return {"num_classes": "sequential", "adm_in_channels": width}
+    if added:
+        raise DarkroomError("diffusers U-Net: an added condition beside a class embedding has no equivalent here")
     if kind is None:
         return {"num_classes": classes}
     if kind == "projection" and width is not None:
