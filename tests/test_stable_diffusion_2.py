@@ -80,4 +80,4 @@ def test_noise_on_the_image_embedding_of_unclip() -> None:
     assert isinstance(schedule, DDPMSchedule)
     case.check("betas", schedule.betas, atol=1e-6)
     case.check("alphas_cumprod", schedule.alphas_cumprod, atol=1e-6)
-    case.check("level_embedding", timestep_embedding(case.input("t"), case.args["timestep_dim"]), atol=1e-6)
+    case.check("level_embedding", timestep_embedding(case.input("t"), case.args["timestep_dim"]))

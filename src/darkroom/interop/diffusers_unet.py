@@ -217,7 +217,7 @@ def to_diffusers(
 
 
 def from_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`; `config` is ours. Whether the vector is an added condition is seen in the names."""
+    """The inverse of `to_diffusers`; `config` is ours. The names tell whether the vector is an added condition."""
     added = any(name.startswith("add_embedding.") for name in state)
     table = key_table(config, ADDED_WIDTH if added else None)
     return _renamed(state, {theirs: ours for ours, theirs in table.items()}, "diffusers U-Net")
