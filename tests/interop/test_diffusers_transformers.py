@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +156,27 @@ def test_sd3_outputs_and_gradients(name: str, size: tuple[int, int]) -> None:
         )
 
     check_equal(network, other, a, b, renamed)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_real_widths() -> None:
+    """Two blocks as wide as the published models, on latents of their size: relative to outputs of order 1."""
+    wide = replace(DIT_SIZES["DiT-XL/2"], depth=2)
+    network, other = dit_pair(wide)
+    x, time = noisy(4, (32, 32))
+    label = torch.tensor([3, 1000])
+    a, b = network(x, time, Conditioning(label=label)), other(x, time, class_labels=label).sample
+    assert a.std() > 0.1
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    joint = replace(MMDIT_SIZES["sd3.5-medium"], depth=2, x_block_self_attn_layers=(0,))
+    transformer, theirs = mmdit_pair(joint)
+    x, time = noisy(16, (64, 48))
+    given = slots(joint)
+    a = transformer(x, time, given)
+    b = theirs(x, encoder_hidden_states=given.context, pooled_projections=given.vector, timestep=time).sample
+    assert a.std() > 0.1
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", DITS)

@@ -118,6 +118,12 @@ def test_any_size_and_aspect_ratio(size: tuple[int, int], fit: str) -> None:
     assert (network(x.flip(-1), time).flip(-1) - result).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("size", [(8, 8), (6, 12)])
+def test_positions_are_made_where_the_network_is(size: tuple[int, int]) -> None:
+    x, time = (t.to("meta") for t in inputs(size=size))
+    assert small().to("meta")(x, time).device.type == "meta"
+
+
 def test_starts_closed() -> None:
     """As officially: the output is 0, and opening the last layer alone shows blocks that do nothing yet."""
     torch.manual_seed(0)

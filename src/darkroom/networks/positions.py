@@ -24,15 +24,16 @@ def axis_embedding(coordinates: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def position_table(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+def position_table(rows: Tensor, columns: Tensor, width: int, device: torch.device | None = None) -> Tensor:
     """Coordinates (h,) and (w,) -> (1, h*w, width) float32, row by row; the column fills the first half of the width.
 
     Column first: the official code of DiT builds its grid with "w goes first", and SD 3 inherited the order.
+    device: where the result is wanted, if not where the coordinates are; some have no float64.
     """
-    y, x = axis_embedding(rows, width // 2), axis_embedding(columns, width // 2)
+    y, x = (axis_embedding(axis, width // 2).float().to(device or axis.device) for axis in (rows, columns))
     h, w = len(rows), len(columns)
     table = torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], dim=-1)
-    return table.reshape(1, h * w, width).float()
+    return table.reshape(1, h * w, width)
 
 
 def square_table(side: int, base: float, width: int) -> Tensor:
@@ -50,17 +51,16 @@ def fitted_table(table: Tensor, side: int, base: float, size: tuple[int, int], f
              what was trained at several sizes wants. Beyond the table the formula goes on in all directions.
     """
     h, w = size
+    # Stored values where there are any: a checkpoint's own table is what its network was trained with.
     if fit == "stretch":
         if h == w == side:
             return table
-        rows, columns = (torch.arange(n, dtype=torch.float64, device=table.device) * (base / n) for n in (h, w))
-        return position_table(rows, columns, table.shape[-1]).to(table.dtype)
-    top, left = (side - h) // 2, (side - w) // 2
-    if h <= side and w <= side:
-        # The stored values, not the formula: a checkpoint's own table is what its network was trained with.
-        return table.unflatten(1, (side, side))[:, top : top + h, left : left + w].flatten(1, 2)
-    rows, columns = (
-        torch.arange(start, start + n, dtype=torch.float64, device=table.device) * (base / side)
-        for start, n in ((top, h), (left, w))
-    )
-    return position_table(rows, columns, table.shape[-1]).to(table.dtype)
+        rows, columns = (torch.arange(n, dtype=torch.float64) * (base / n) for n in (h, w))
+    else:
+        top, left = (side - h) // 2, (side - w) // 2
+        if h <= side and w <= side:
+            return table.unflatten(1, (side, side))[:, top : top + h, left : left + w].flatten(1, 2)
+        rows, columns = (
+            torch.arange(start, start + n, dtype=torch.float64) * (base / side) for start, n in ((top, h), (left, w))
+        )
+    return position_table(rows, columns, table.shape[-1], table.device).to(table.dtype)
