@@ -554,7 +554,7 @@ def test_a_discriminator_that_warms_up_learns_before_the_autoencoder_hears_of_it
         assert ("adversarial" in metrics) == heard
         if learns:
             loss, _ = step.phases[1].module({}, generator(0), n)
-            assert loss.requires_grad and float(loss) > 0
+            assert loss.requires_grad and float(loss.detach()) > 0
         else:
             with pytest.raises(RuntimeError, match="no reconstruction"):
                 step.phases[1].module({}, generator(0), n)
