@@ -298,3 +298,10 @@ def test_model_card_of_class_and_unconditional_models() -> None:
     empty = model_card({})
     assert "darkroom generate -m FOLDER --seed 0 -o picture.png" in empty
     assert "Not recorded." in empty and "None measured." in empty and "Not stated." in empty
+
+
+def test_model_card_of_a_first_stage() -> None:
+    card = model_card({"kind": "FirstStage", "load": "first-stage-f4", "name": "x", "downsampling": 4})
+    assert "A first stage made with Darkroom." in card and "| downsampling f | 4 |" in card
+    assert 'darkroom.load("first-stage-f4")' in card and "darkroom train FOLDER --first-stage first-stage-f4" in card
+    assert "generate" not in card and "It draws" not in card and "What it loses is lost" in card

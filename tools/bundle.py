@@ -1,7 +1,9 @@
 """Turn a finished run into a bundled model: `python tools/bundle.py runs/emoji emoji --licence FILE... --note TEXT`.
 
-Writes src/darkroom/bundled/NAME: weights in float16, the model card, the resolved recipe (paths of the data made
-relative), the training log and the licences of the data. Refuses more than the repository allows.
+A run that trained a first stage alone becomes a bundled first stage; `--scores` takes what
+`darkroom eval --first-stage MODEL DATA... -o FOLDER` wrote. Writes src/darkroom/bundled/NAME: weights in float16, the
+model card, the resolved recipe (paths of the data made relative), the training log and the licences of the data.
+Refuses more than the repository allows.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import yaml
 
 import darkroom
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import save
 from darkroom.report import model_card
 from darkroom.train_job import SCORES
@@ -48,11 +52,73 @@ def main() -> int:
     parser.add_argument("--licence", type=Path, nargs="*", default=[], help="licence texts of the data, copied beside")
     parser.add_argument("--data-licence", default="", help="one line for the model card")
     parser.add_argument("--command", default="", help="the command that makes this model again")
+    parser.add_argument("--log", type=Path, nargs="*", default=[], help="earlier runs whose logs go before, in order")
+    parser.add_argument("--scores", type=Path, help="scores.json of `darkroom eval --first-stage`")
     parser.add_argument("--note", nargs="*", default=[], help="limits, for the model card")
     args = parser.parse_args()
     model = darkroom.load(args.run / "model")
-    summary = json.loads((args.run / "summary.json").read_text())
     place = BUNDLED / args.name
+    if isinstance(model, FirstStage):
+        first_stage(model, place, args)
+    else:
+        whole_model(model, place, args)
+    config = yaml.safe_load((args.run / "config.yaml").read_text())
+    (place / "config.yaml").write_text(yaml.safe_dump(relative(config), sort_keys=False, allow_unicode=True))
+    log = [line for run in (*args.log, args.run) for line in thin((run / "metrics.jsonl").read_text().splitlines())]
+    (place / "training.jsonl").write_text("\n".join(log) + "\n")
+    for licence in args.licence:
+        shutil.copyfile(licence, place / f"LICENSE-{licence.name.removeprefix('LICENSE-')}")
+    sizes = {p: p.stat().st_size for p in place.rglob("*.safetensors")}
+    first = sum(v for p, v in sizes.items() if p.parent.name == "first_stage")
+    rest = sum(sizes.values()) - first
+    print(f"{place}: first stage {first / 2**20:.2f} MiB, the rest {rest / 2**20:.2f} MiB")
+    if first > MOST_BYTES["first_stage"] or rest > MOST_BYTES["rest"]:
+        print("too large to ship: remove it, and make the model smaller", file=sys.stderr)
+        return 1
+    return 0
+
+
+def first_stage(model: FirstStage, place: Path, args: argparse.Namespace) -> None:
+    """Weights and card of a first stage alone."""
+    summary = json.loads((args.run / "summary.json").read_text())
+    data = relative(json.loads((args.run / "data.json").read_text())) | {"licence": args.data_licence}
+    description = yaml.safe_load((args.run / "config.yaml").read_text())["description"]
+    info = {"name": args.name, "description": description, "training": summary, "data": data}
+    card = model_card(
+        info
+        | summary
+        | {
+            "kind": "FirstStage",
+            "load": args.name,
+            "image_size": data["size"],
+            "channels": data["channels"],
+            "downsampling": model.downsampling,
+            "latent_channels": model.latent_channels,
+            "parameters": {"first_stage": sum(p.numel() for p in model.parameters())},
+            "recipe": f"{args.name} (config.yaml beside this file is its resolved form); made by `{args.command}`",
+            "steps": summary["first_stage_steps"],
+            "minutes": round(summary["first_stage_seconds"] / 60, 1),
+            "scores": evaluated(json.loads(args.scores.read_text())) if args.scores else [],
+            "limits": args.note,
+            "licence": "Apache-2.0",
+        }
+    )
+    save(model, place, card=card, dtype="float16", info=info)
+
+
+def evaluated(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the card: the scores of every set."""
+    return [
+        {"name": f"{name}, {source}", "value": value, "protocol": f"{part['images']} held-out images, posterior mode"}
+        for source, part in scores["sources"].items()
+        for name, value in part.items()
+        if name != "images"
+    ]
+
+
+def whole_model(model: LatentDiffusion, place: Path, args: argparse.Namespace) -> None:
+    """Weights and card of a denoiser with its first stage and conditioner."""
+    summary = json.loads((args.run / "summary.json").read_text())
     info = relative(model.info) | {"name": args.name}
     data = dict(info.get("data", {})) | {"licence": args.data_licence}
     info["data"] = data
@@ -79,21 +145,7 @@ def main() -> int:
         }
     )
     model.info = info
-    save(model, place, card=card, dtype="float16")
-    config = yaml.safe_load((args.run / "config.yaml").read_text())
-    (place / "config.yaml").write_text(yaml.safe_dump(relative(config), sort_keys=False, allow_unicode=True))
-    log = thin((args.run / "metrics.jsonl").read_text().splitlines())
-    (place / "training.jsonl").write_text("\n".join(log) + "\n")
-    for licence in args.licence:
-        shutil.copyfile(licence, place / f"LICENSE-{licence.name}")
-    sizes = {p: p.stat().st_size for p in place.rglob("*.safetensors")}
-    first = sum(v for p, v in sizes.items() if p.parent.name == "first_stage")
-    rest = sum(sizes.values()) - first
-    print(f"{place}: first stage {first / 2**20:.2f} MiB, the rest {rest / 2**20:.2f} MiB")
-    if first > MOST_BYTES["first_stage"] or rest > MOST_BYTES["rest"]:
-        print("too large to ship: remove it, and make the model smaller", file=sys.stderr)
-        return 1
-    return 0
+    save(model, place, card=card, dtype="float16", refer=True)
 
 
 if __name__ == "__main__":

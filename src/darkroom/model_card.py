@@ -21,19 +21,25 @@ LIMITS = (
     "It draws what its training pictures show and little else; look at its samples before you rely on it.",
     "Pictures that were rare in the data, or few in all, may be reproduced nearly unchanged.",
 )
+FIRST_STAGE_LIMITS = (
+    "What it loses is lost for every model on top of it: look at reconstructions of your own images.",
+    "Images unlike its training images, and sizes far from theirs, come back worse.",
+)
 
 
 def model_card(info: Mapping[str, Any]) -> str:
     """Markdown for a model folder. Every key is optional:
 
-    name, description, tasks (list), image_size (width, height), channels, downsampling, latent_channels, conditioning
-    (list), classes (list), parameters ({part: count}), data ({name, count, source, licence, digest, ...} or a text),
-    recipe, base (what it was initialised from), steps ({stage: n}), minutes, hardware, threads, seed, version,
-    scores ({name: value}, {name: {value, protocol}} or [{name, value, protocol}]), prompts (examples),
-    limits (list), warnings (list), licence.
+    kind ("FirstStage" for one alone) and load (what to give `darkroom.load`), name, description, tasks (list),
+    image_size (width, height), channels, downsampling, latent_channels, conditioning (list), classes (list),
+    parameters ({part: count}), data ({name, count, source, licence, digest, ...} or a text), recipe, base (what it was
+    initialised from), steps ({stage: n}), minutes, hardware, threads, seed, version, scores ({name: value},
+    {name: {value, protocol}} or [{name, value, protocol}]), prompts (examples), limits (list), warnings (list),
+    licence.
     """
     lines = [f"# {info.get('name') or 'Latent diffusion model'}", ""]
-    lines += [str(info.get("description") or "A latent diffusion model made with Darkroom."), ""]
+    what = "first stage" if info.get("kind") == "FirstStage" else "latent diffusion model"
+    lines += [str(info.get("description") or f"A {what} made with Darkroom."), ""]
     if facts := _facts(info):
         lines += ["| | |", "|---|---|", *(f"| {_cell(label)} | {_cell(value)} |" for label, value in facts), ""]
     lines += ["## How to use it", "", *_usage(info), "", "## Data", "", *_data(info.get("data")), ""]
@@ -46,7 +52,8 @@ def model_card(info: Mapping[str, Any]) -> str:
         lines += [f"| {_cell(name)} | {show(value)} | {_cell(protocol)} |" for name, value, protocol in scores]
     else:
         lines.append("None measured.")
-    limits = (str(v) for v in (*as_list(info.get("limits")), *as_list(info.get("warnings")), *LIMITS))
+    general = FIRST_STAGE_LIMITS if info.get("kind") == "FirstStage" else LIMITS
+    limits = (str(v) for v in (*as_list(info.get("limits")), *as_list(info.get("warnings")), *general))
     lines += ["", "## Limits", "", *(f"- {limit}" for limit in dict.fromkeys(limits)), "", "## Licence", ""]
     lines.append(str(info.get("licence") or "Not stated. The licence of the training data may bind the model."))
     return "\n".join(lines) + "\n"
@@ -79,6 +86,8 @@ def _pixels(info: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _usage(info: Mapping[str, Any]) -> list[str]:
+    if info.get("kind") == "FirstStage":
+        return _usage_of_a_first_stage(str(info.get("load") or "FOLDER"))
     prompts, classes = as_list(info.get("prompts")), as_list(info.get("classes"))
     if prompts or "text" in as_list(info.get("conditioning")):
         prompt = str(prompts[0]) if prompts else "words like those of its captions"
@@ -99,6 +108,23 @@ def _usage(info: Mapping[str, Any]) -> list[str]:
         "",
         'model = darkroom.load("FOLDER")',
         f"result = model.generate({call}seed=[0, 1, 2, 3])  # result.images: (4, H, W, C) {dtype}",
+        "```",
+    ]
+
+
+def _usage_of_a_first_stage(name: str) -> list[str]:
+    return [
+        "```bash",
+        f"darkroom reconstruct {name} picture.png -o back.png",
+        f"darkroom train FOLDER --first-stage {name}",
+        "```",
+        "",
+        "```python",
+        "import darkroom",
+        "",
+        f'first_stage = darkroom.load("{name}")',
+        "latent = first_stage.encode(image).mode()  # (B, C, H, W) in [-1, 1] -> mean 0, standard deviation 1",
+        "image = first_stage.decode(latent)",
         "```",
     ]
 
