@@ -46,6 +46,7 @@ from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.statistics import encoder_fingerprint
+from darkroom.interop.text_towers import fill as fill_text_towers
 from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
 from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage, save, select_device
@@ -478,7 +479,8 @@ class _Job:
             model = load(recipe.init_from, device="cpu")
             assert isinstance(model, LatentDiffusion)
             model.denoiser.requires_grad_(True)
-            model.conditioner.requires_grad_(True)
+            for encoder in model.conditioner.encoders.values():
+                encoder.unfreeze()  # type: ignore[operator]
             self._check_classes(model.conditioner)
             if self.world.is_main:
                 _write_json(kept, model.conditioner.config_dict)
@@ -490,6 +492,10 @@ class _Job:
             if self.world.is_main:
                 _write_json(kept, config)
         conditioner = build_conditioner(config, first_stage)
+        for line in [] if begun else fill_text_towers(conditioner):
+            self.say(line)
+        for encoder in conditioner.encoders.values():
+            encoder.ready()  # type: ignore[operator]
         channels = recipe.data.channels if first_stage is None else first_stage.latent_channels
         return build_denoiser(denoiser_config(recipe.denoiser, {}, channels, conditioner)), conditioner
 

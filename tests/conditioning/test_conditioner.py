@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parity_data import load_case, weights
+from data_facts import Facts
+from parity_data import PARITY, load_case, weights
 from torch import Tensor, nn
 
+from darkroom.build import build_conditioner, conditioner_config
 from darkroom.conditioning.classes import ClassEncoder, ClassEncoderConfig
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.encoder import ConditionEncoder
-from darkroom.conditioning.text import TextEncoder
+from darkroom.conditioning.text import TextEncoder, TextEncoderConfig
 from darkroom.conditioning.tokenizer import WordPieceTokenizer
 from darkroom.conditioning.types import Conditioning
+from darkroom.config import to_dict
 from darkroom.errors import DarkroomError
 
 CAPTIONS = ["a red fox", "a blue box", "two red boxes", "a fox"]
@@ -310,3 +315,74 @@ def test_conditioner_errors() -> None:
         Conditioner({"text": text_encoder(), "class": class_encoder()})({"text": ["a"], "class_label": ["fox"] * 2})
     with pytest.raises(DarkroomError, match="drop_rate"):
         text_encoder(1.5)
+
+
+# ---- token ids in the place of text
+
+
+def test_text_encoder_takes_token_ids() -> None:
+    encoder = text_encoder()
+    ids, mask = encoder.tokens(["a red fox", ""])
+    expected = encoder.encode(["a red fox", ""])
+    for given in (ids, [ids[0].tolist(), None], [ids[0][mask[0]], ids[1][:2]]):
+        result = encoder.encode(given)
+        assert torch.equal(result.context, expected.context) and torch.equal(result.context_mask, expected.context_mask)
+    with pytest.raises(DarkroomError, match="7 token ids for a text of at most 6"):
+        encoder.encode([[1] * 7])
+    with pytest.raises(DarkroomError, match="a string or a list of token ids"):
+        encoder.encode([b"fox"])
+
+
+def test_bert_vocabulary_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """text2img-large's tower: ids and the empty text work, text names the file; then the file is there."""
+    monkeypatch.delenv("DARKROOM_VOCABULARIES", raising=False)
+    small = {"width": 16, "depth": 1, "heads": 1, "head_width": 16, "length": 8, "use_mask": False}
+    config = TextEncoderConfig(vocabulary="bert", vocabulary_size=30522, logits_head=True, **small)
+    conditioner = build_conditioner(conditioner_config({"text": config}, Facts()))
+    encoder = conditioner.encoders["text"]
+    assert isinstance(encoder, TextEncoder)
+    assert encoder.tokens([None])[0].tolist() == [[101, 102, 0, 0, 0, 0, 0, 0]]
+    assert encoder.encode([[101, 2417, 102]]).context.shape == (1, 8, 16)
+    with pytest.raises(DarkroomError, match="token id 30522 is not in the vocabulary"):
+        encoder.encode([[30522]])
+    for act in (lambda: encoder.encode(["red"]), encoder.ready):
+        with pytest.raises(DarkroomError, match=r"BERT's vocabulary.*vocab\.txt.*token ids"):
+            act()
+    assert {n for n, p in encoder.named_parameters() if not p.requires_grad} == {
+        "tower.transformer.to_logits.weight", "tower.transformer.to_logits.bias",
+    }  # fmt: skip
+    encoder.requires_grad_(False)
+    encoder.unfreeze()
+    assert (
+        not encoder.tower.transformer.to_logits.weight.requires_grad
+        and encoder.tower.transformer.norm.weight.requires_grad
+    )
+
+    words = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 2417: "red"}
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words.get(i, f"[unused{i}]") for i in range(30522)), encoding="utf-8")
+    monkeypatch.setenv("DARKROOM_VOCABULARIES", str(tmp_path))
+    assert encoder.tokens(["RED"])[0].tolist() == [[101, 2417, 102, 0, 0, 0, 0, 0]]
+    for stated in ("bert", str(folder), str(folder / "vocab.txt")):
+        completed = replace(config, vocabulary=stated).completed("text", Facts())
+        built = build_conditioner({"encoders": {"text": to_dict(completed)}}).encoders["text"]
+        assert completed.tokenizer and built.tokens(["RED"])[0].tolist() == encoder.tokens(["RED"])[0].tolist()
+
+
+def test_parameters_of_text2img_large() -> None:
+    config = TextEncoderConfig(
+        width=1280,
+        depth=32,
+        heads=8,
+        head_width=64,
+        length=77,
+        vocabulary="bert",
+        vocabulary_size=30522,
+        logits_head=True,
+    )
+    with torch.device("meta"):
+        encoder = build_conditioner({"encoders": {"text": to_dict(config)}}).encoders["text"]
+    layout = weights().load_layout(PARITY / "layouts" / "text2img-large.json.gz")["layout"]
+    official = {k.removeprefix("cond_stage_model."): v for k, v in layout.items() if k.startswith("cond_stage_model.")}
+    assert {k.removeprefix("tower."): list(v.shape) for k, v in encoder.state_dict().items()} == official

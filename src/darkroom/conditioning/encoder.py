@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -68,6 +68,8 @@ class Parts:
     downsampling:    pixels of an image per pixel of its latent, along each side
     latent_channels, image_channels: E and C. None without a first stage: the config must then say what it needs
     transformer:     makes the text tower of the paper from the options of `networks.text.TextTransformerConfig`
+    towers:          by family, makes a published text tower from the name of a size and options that differ from it
+    embed_number:    numbers (B,) -> (B, width): their sines and cosines, as times are embedded
     """
 
     encode: Callable[[Tensor, bool], Tensor] | None = None
@@ -75,6 +77,8 @@ class Parts:
     latent_channels: int | None = None
     image_channels: int | None = None
     transformer: Callable[..., nn.Module] | None = None
+    towers: Mapping[str, Callable[[str, Mapping[str, Any]], nn.Module]] = field(default_factory=dict)
+    embed_number: Callable[[Tensor, int], Tensor] | None = None
 
     def needed_encode(self, kind: str) -> Callable[[Tensor, bool], Tensor]:
         if self.encode is None:
@@ -142,6 +146,18 @@ class ConditionEncoder(nn.Module, ABC):
         """`encode` where keep (B,) bool is True, `null` elsewhere. Override it where dropping the value first is
         cheaper than encoding both."""
         return Conditioning.where(keep, self.encode(values), self.null(len(keep)))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What training changes; override it where some stay as they were published, or take no part in the result."""
+        return list(self.parameters())
+
+    def unfreeze(self) -> None:
+        """Prepare what training changes for gradients."""
+        for parameter in self.trainable_parameters():
+            parameter.requires_grad_(True)
+
+    def ready(self) -> None:
+        """Raise DarkroomError if values cannot be encoded, as for want of a vocabulary: asked before long work."""
 
     def augment(self, values: Any, generator: torch.Generator) -> Any:
         """What training adds to the values before they are encoded, such as noise, drawn from the generator."""

@@ -10,6 +10,13 @@ from darkroom.conditioning.layout import LayoutEncoder
 from darkroom.conditioning.maps import DepthEncoder, LowResolutionEncoder, MaskedImageEncoder
 from darkroom.conditioning.segmentation import SegmentationEncoder, SegmentationTokens
 from darkroom.conditioning.text import TextEncoder
+from darkroom.conditioning.text_towers import (
+    ClipEncoder,
+    OpenClipEncoder,
+    SD3TextEncoder,
+    SDXLTextEncoder,
+    T5TextEncoder,
+)
 from darkroom.conditioning.vectors import LabelEncoder, VectorEncoder
 
 ENCODERS: dict[str, type[ConditionEncoder]] = {
@@ -23,6 +30,11 @@ ENCODERS: dict[str, type[ConditionEncoder]] = {
     "depth": DepthEncoder,
     "label": LabelEncoder,
     "vector": VectorEncoder,
+    "clip": ClipEncoder,
+    "open_clip": OpenClipEncoder,
+    "t5": T5TextEncoder,
+    "sdxl_text": SDXLTextEncoder,
+    "sd3_text": SD3TextEncoder,
 }
 
 if TYPE_CHECKING:

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
 from darkroom.conditioning.tokenizer import WordPieceTokenizer
+from darkroom.conditioning.tokens import SpecialIds, is_ids, pad_rows, real_tokens, text_body
 from darkroom.conditioning.types import Conditioning
+from darkroom.conditioning.vocabularies import find_vocabulary, missing_vocabulary, read_vocabulary
 from darkroom.errors import DarkroomError
+
+BERT = SpecialIds(101, 102, 0)  # of bert-base-uncased
 
 
 class Tokenizer(Protocol):
     """What `TextEncoder` needs of a tokenizer."""
 
+    @property
+    def cls_id(self) -> int: ...
+    @property
+    def sep_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """B texts -> ids (B, length) int64, mask (B, length) bool."""
         ...
@@ -33,7 +44,10 @@ class TextEncoderConfig(EncoderConfig):
     use_mask:        hide padding from the tower and from the network. Off in the paper: padding is read like words
     vector:          also give the result at [CLS] as `vector`, which modulates every residual block (as in SDXL and
                      SD 3; not in the paper): what holds for the whole picture is then learned sooner
-    tokenizer:       a trained tokenizer as `WordPieceTokenizer.to_json` gives it; null: trained on the captions
+    vocabulary:      "learned" from the captions; "bert": the published one of BERT, which text2img-large uses, from the
+                     folder that DARKROOM_VOCABULARIES names; or the path of its folder or file
+    logits_head:     also hold the unused output layer that the paper's checkpoints contain
+    tokenizer:       a trained tokenizer as `WordPieceTokenizer.to_json` gives it; null: see `vocabulary`
     """
 
     kind: str = "text"
@@ -47,11 +61,18 @@ class TextEncoderConfig(EncoderConfig):
     use_mask: bool = True
     dropout: float = 0.0
     vector: bool = False
+    vocabulary: str = "learned"
+    logits_head: bool = False
     tokenizer: Any = None
 
     def completed(self, name: str, data: DataFacts) -> Self:
         if self.tokenizer is not None:
             return self
+        if self.vocabulary != "learned":
+            published = find_vocabulary("bert") if self.vocabulary == "bert" else Path(self.vocabulary)
+            if published is None:
+                return self
+            return replace(self, tokenizer=read_vocabulary(published, "bert").to_str())
         captions = data.captions()
         if not captions:
             raise DarkroomError(
@@ -65,6 +86,7 @@ class TextEncoder(ConditionEncoder):
     Null is the empty text.
 
     `tower`: a module `tower(ids (B, L), mask (B, L) or None) -> (B, L, D)` with an attribute or property `width`.
+    A text is a string, None (the empty text) or token ids. Without a tokenizer it reads ids and the empty text.
     """
 
     config_class = TextEncoderConfig
@@ -72,7 +94,7 @@ class TextEncoder(ConditionEncoder):
     def __init__(
         self,
         tower: nn.Module,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         length: int,
         drop_rate: float = 0.1,
         use_mask: bool = True,
@@ -91,20 +113,21 @@ class TextEncoder(ConditionEncoder):
 
     @classmethod
     def build(cls, config: TextEncoderConfig, parts: Parts) -> TextEncoder:
-        if config.tokenizer is None:
+        if config.tokenizer is None and config.vocabulary == "learned":
             raise DarkroomError(
                 "a text encoder needs its tokenizer: train it on captions, or keep it in the model's config"
             )
         assert parts.transformer is not None
-        tokenizer = WordPieceTokenizer.from_json(config.tokenizer)
+        tokenizer = None if config.tokenizer is None else WordPieceTokenizer.from_json(config.tokenizer)
         tower = parts.transformer(
-            vocabulary_size=tokenizer.vocabulary_size,
+            vocabulary_size=config.vocabulary_size if tokenizer is None else tokenizer.vocabulary_size,
             width=config.width,
             depth=config.depth,
             heads=config.heads,
             head_width=config.head_width,
             length=config.length,
             dropout=config.dropout,
+            logits_head=config.logits_head,
         )
         return cls(
             tower,
@@ -117,9 +140,43 @@ class TextEncoder(ConditionEncoder):
             config.guidance_scale,
         )
 
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        unused: list[nn.Parameter] = getattr(self.tower, "unused", list)()
+        return [p for p in self.parameters() if not any(p is other for other in unused)]
+
+    @property
+    def special(self) -> SpecialIds:
+        """[CLS], [SEP] and [PAD] of the tokenizer, else BERT's."""
+        known = self.tokenizer
+        return BERT if known is None else SpecialIds(known.cls_id, known.sep_id, known.pad_id)
+
+    def ready(self) -> None:
+        if self.tokenizer is None:
+            published = find_vocabulary("bert")
+            if published is None:
+                raise missing_vocabulary("bert", "`vocabulary`")
+            self.tokenizer = WordPieceTokenizer.from_json(read_vocabulary(published, "bert").to_str())
+
+    def tokens(self, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """B texts -> ids (B, L) int64, mask (B, L) bool: True at everything but padding."""
+        special, size = self.special, int(getattr(getattr(self.tower, "config", None), "vocabulary_size", 2**31))
+        rows = [value if is_ids(value) else self._ids_of(value, special) for value in values]
+        ids = pad_rows(rows, self.length, special.pad, size)
+        return ids, real_tokens(ids, special.end)
+
+    def _ids_of(self, text: Any, special: SpecialIds) -> Sequence[int] | Tensor:
+        if not (text is None or isinstance(text, str)):
+            raise DarkroomError(f"a text is a string or a list of token ids, not {text!r}")
+        if not text:
+            return text_body("", lambda _: [], special, self.length)
+        self.ready()
+        assert self.tokenizer is not None
+        ids, mask = self.tokenizer.encode([text], self.length)
+        return ids[0][mask[0]]
+
     def encode(self, values: Sequence[Any] | Tensor) -> Conditioning:
-        """Strings; None is read as the empty text."""
-        ids, mask = self.tokenizer.encode([text or "" for text in values], self.length)
+        """B texts, or token ids (B, L) as one tensor."""
+        ids, mask = self.tokens(list(values))
         device = next(self.tower.parameters()).device
         ids = ids.to(device)
         seen = mask.to(device) if self.use_mask else None
@@ -127,8 +184,8 @@ class TextEncoder(ConditionEncoder):
         return Conditioning(context=context, context_mask=seen, vector=context[:, 0] if self.gives_vector else None)
 
     def null(self, batch_size: int) -> Conditioning:
-        one = self.encode([""])
+        one = self.encode([None])
         return one.map(lambda t: t.expand(batch_size, *t.shape[1:]))
 
     def encode_kept(self, values: Sequence[Any] | Tensor, keep: Tensor) -> Conditioning:
-        return self.encode([text if kept else "" for text, kept in zip(values, keep.tolist(), strict=True)])
+        return self.encode([text if kept else None for text, kept in zip(values, keep.tolist(), strict=True)])

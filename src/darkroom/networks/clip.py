@@ -30,6 +30,14 @@ class TextFeatures(NamedTuple):
     pooled: Tensor | None
 
 
+class SpecialIds(NamedTuple):
+    """The token before each text (None: none), the token behind it, and what fills up short texts."""
+
+    start: int | None
+    end: int
+    pad: int
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x): the approximation that OpenAI's CLIP was trained with (Hendrycks & Gimpel 2016, eq. 3)."""
     return x * torch.sigmoid(1.702 * x)
@@ -79,9 +87,10 @@ def check_length(ids: Tensor, longest: int) -> None:
 class _Tower(nn.Module):
     """What both towers do with their own parts: embeddings, blocks, final norm, projection."""
 
-    heads: int
     longest: int
     eos_token_id: int | None
+    special_ids: SpecialIds
+    projected_width: int
 
     def _parts(self) -> tuple[Tensor, Tensor, nn.ModuleList, nn.LayerNorm]:
         """Token table, position table, blocks, final norm."""
@@ -169,7 +178,7 @@ class CLIPTextConfig:
     projection_dim:          P, the width that texts and images share
     with_projection:         hold the projection; released files of SD 1 do not
     eos_token_id:            the token at which a text is pooled; 2 stands, as in old configurations, for the largest id
-    bos_token_id, pad_token_id: not used by the tower
+    bos_token_id, pad_token_id: what goes before a text and behind it; the tower itself does not look
     """
 
     vocab_size: int = 49408
@@ -258,6 +267,13 @@ class CLIPText(_Tower):
         self.config = config
         self.longest = config.max_position_embeddings
         self.eos_token_id = None if config.eos_token_id == 2 else config.eos_token_id
+        largest = config.vocab_size - 1
+        self.special_ids = (
+            SpecialIds(largest - 1, largest, config.pad_token_id if config.pad_token_id != 1 else largest)
+            if self.eos_token_id is None
+            else SpecialIds(config.bos_token_id, config.eos_token_id, config.pad_token_id)
+        )
+        self.projected_width = config.projection_dim
         self.text_model = _TextModel(config)
         self.text_projection = (
             nn.Linear(config.hidden_size, config.projection_dim, bias=False) if config.with_projection else None
@@ -368,6 +384,9 @@ class OpenCLIPText(_Tower):
         self.config = config
         self.longest = config.context_length
         self.eos_token_id = None
+        # The vocabulary ends with the start and end tokens, and OpenCLIP pads with 0.
+        self.special_ids = SpecialIds(config.vocab_size - 2, config.vocab_size - 1, 0)
+        self.projected_width = config.embed_dim or config.width
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.text_projection = nn.Parameter(torch.empty(config.width, config.embed_dim or config.width))
         # The temperature of CLIP's training, here only because every file holds it.
@@ -386,7 +405,8 @@ class OpenCLIPText(_Tower):
 
 # ------------------------------------------------------------------------------------------------ named sizes
 
-# SD 1, SDXL and SD 3 use ViT-L-14; SD 2 ViT-H-14; SDXL and SD 3 ViT-bigG-14.
+# SD 1, SDXL and SD 3 use ViT-L-14, which pads with the end token; SD 2 ViT-H-14, SDXL and SD 3 ViT-bigG-14, both of
+# OpenCLIP, which pads with 0.
 CLIP_TEXT_SIZES: Mapping[str, CLIPTextConfig] = {
     "ViT-L-14": CLIPTextConfig(),
     "ViT-H-14": CLIPTextConfig(
@@ -396,6 +416,7 @@ CLIP_TEXT_SIZES: Mapping[str, CLIPTextConfig] = {
         num_attention_heads=16,
         hidden_act="gelu",
         projection_dim=1024,
+        pad_token_id=0,
     ),
     "ViT-bigG-14": CLIPTextConfig(
         hidden_size=1280,
@@ -404,6 +425,7 @@ CLIP_TEXT_SIZES: Mapping[str, CLIPTextConfig] = {
         num_attention_heads=20,
         hidden_act="gelu",
         projection_dim=1280,
+        pad_token_id=0,
     ),
 }
 OPEN_CLIP_TEXT_SIZES: Mapping[str, OpenCLIPTextConfig] = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.kernels import linear
-from darkroom.networks.clip import TextFeatures, activation
+from darkroom.networks.clip import SpecialIds, TextFeatures, activation
 
 
 @dataclass
@@ -161,6 +161,8 @@ class _Stack(nn.Module):
 
 class T5Encoder(nn.Module):
     """Token ids (B, L) of any length -> `TextFeatures` with context (B, L, D) and nothing pooled."""
+
+    special_ids = SpecialIds(None, 1, 0)
 
     def __init__(self, config: T5EncoderConfig) -> None:
         super().__init__()

@@ -141,6 +141,10 @@ class TextTransformer(nn.Module):
     def width(self) -> int:
         return self.config.width
 
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters that `forward` does not touch."""
+        return list(self.transformer.to_logits.parameters()) if self.config.logits_head else []
+
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         if ids.shape[1] > self.config.length:
             raise DarkroomError(
