@@ -14,8 +14,9 @@ from darkroom.conditioning.classes import ClassEncoderConfig
 from darkroom.conditioning.text import TextEncoderConfig
 from darkroom.denoiser import DenoiserConfig
 from darkroom.diffusion.noise import SeededNoise
-from darkroom.diffusion.schedules import ScheduleConfig
+from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
 from darkroom.errors import DarkroomError
+from darkroom.guidance import Guided
 from darkroom.latent_diffusion import LatentDiffusion, Request
 from darkroom.networks.unet import UNetConfig
 from darkroom.solvers import SOLVERS
@@ -189,3 +190,113 @@ def test_an_image_that_is_not_finite_is_no_black_image(model: LatentDiffusion) -
 def test_options_that_would_do_nothing_or_harm(model: LatentDiffusion, options: dict[str, Any], words: str) -> None:
     with pytest.raises(DarkroomError, match=words):
         model.generate("a red circle", **options)
+
+
+# ---- guidance
+
+
+def test_guidance_of_each_condition() -> None:
+    model = make_model(("text", "class"))
+    ask: dict[str, Any] = {"class_label": "cat", "seed": 3, "steps": 2, "solver": "ddim"}
+    both = model.generate("a red fox", guidance_scale=3.0, **ask)
+    assert both.nfe == 4
+    # Equal scales by name are one scale for all, and 1 is off.
+    same = model.generate("a red fox", guidance={"text": 3.0, "class": 3.0}, **ask)
+    assert np.array_equal(both.images, same.images) and same.nfe == 4
+    assert model.generate("a red fox", guidance={"text": 1.0, "class": 1.0}, **ask).nfe == 2
+    # Two scales: three evaluations, and what Guided makes of the three conditionings.
+    chain = model.generate("a red fox", guidance={"class": 6.0}, guidance_scale=2.0, **ask)
+    assert chain.nfe == 6 and difference(chain.images, both.images) > 3
+    request = model.validate(Request(["a red fox"], ["cat"], [3], 2, 2.0, "ddim", guidance={"class": 6.0}))
+    batch: dict[str, Any] = {"text": ["a red fox"], "class_label": [0]}
+    null, text = model.conditioner.null(1), model.conditioner(batch, absent=["class"])
+    expected = Guided(model.denoiser, model.conditioner(batch), null, 6.0, between=[(text, 2.0)])
+    x, level = torch.randn(1, 4, 8, 8), model.denoiser.schedule.level(300.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model._guided(request, slice(0, 1), None)(x, level), expected(x, level))
+    # A condition that is not asked for takes no part.
+    alone = model.generate("a red fox", guidance={"class": 6.0}, guidance_scale=2.0, seed=3, steps=2, solver="ddim")
+    assert alone.nfe == 4
+    record = chain.settings[0]["request"]
+    assert record["guidance"] == {"class": 6.0} and record["guidance_rescale"] == 0.0
+
+
+def test_an_encoder_may_have_its_own_scale() -> None:
+    model = make_model(("text", "class"))
+    ask: dict[str, Any] = {"class_label": "cat", "seed": 3, "steps": 2, "guidance_scale": 2.0}
+    asked = model.generate("a red fox", guidance={"class": 6.0}, **ask)
+    model.conditioner.encoders["class"].guidance_scale = 6.0
+    assert np.array_equal(model.generate("a red fox", **ask).images, asked.images)
+
+
+def test_a_negative_prompt_in_a_chain() -> None:
+    """It stands where the text is absent, also beside the class."""
+    model = make_model(("text", "class"))
+    request = model.validate(
+        Request(["a red fox"], ["cat"], [3], 2, 2.0, "ddim", guidance={"class": 6.0}, negative_prompt="a snail")
+    )
+    part = slice(0, 1)
+    negative = model.conditioner({"text": ["a snail"], "class_label": [0]}, absent=["class"])
+    found = model.encode_negative(request, part)
+    assert found is not None and torch.equal(found.context, negative.context)  # type: ignore[arg-type]
+    beside = model.conditioner({"text": ["a snail"], "class_label": [0]})
+    assert torch.equal(model._partly(request, part, ["class"]).context, beside.context)  # type: ignore[arg-type]
+
+
+def test_guidance_interval_and_rescale(model: LatentDiffusion) -> None:
+    ask: dict[str, Any] = {"seed": 3, "steps": 4, "guidance_scale": 5.0}
+    plain = model.generate("a red fox", **ask)
+    some = model.generate("a red fox", guidance_interval=(0.3, 3.0), **ask)
+    assert 4 < some.nfe < plain.nfe == 8
+    none = model.generate("a red fox", guidance_interval=(1e6, 1e7), **ask)
+    off = model.generate("a red fox", seed=3, steps=4, guidance_scale=1.0)
+    assert none.nfe == 4 and np.array_equal(none.images, off.images)
+    rescaled = model.generate("a red fox", guidance_rescale=0.7, **ask)
+    assert difference(rescaled.images, plain.images) > 1
+
+
+def test_autoguidance(model: LatentDiffusion) -> None:
+    weaker = make_model()
+    weaker.info["name"] = "weak"
+    with torch.no_grad():
+        for parameter in weaker.denoiser.parameters():
+            parameter.mul_(0.9)
+    ask: dict[str, Any] = {"seed": 3, "steps": 2, "solver": "ddim", "guidance_scale": 2.0}
+    guided = model.generate("a red fox", guide=weaker, **ask)
+    assert guided.nfe == 4 and guided.settings[0]["guide"] == {"name": "weak"}
+    assert difference(guided.images, model.generate("a red fox", **ask).images) > 1
+    # A model guided away from itself is not guided; unconditional models take a guide too.
+    itself = model.generate("a red fox", guide=model, **ask)
+    plain = model.generate("a red fox", seed=3, steps=2, solver="ddim", guidance_scale=1.0)
+    assert difference(itself.images, plain.images) <= 1
+    free = make_model(())
+    assert free.generate(seed=1, steps=2, guide=make_model(()), guidance_scale=2.0).nfe == 4
+    other = make_model()
+    other.denoiser.schedule = make_schedule(ScheduleConfig(kind="cosine"))
+    with pytest.raises(DarkroomError, match="noise schedule"):
+        model.generate("a red fox", guide=other, **ask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"guidance": {"txt": 3.0}}, 'did you mean "text"'),
+        ({"guidance": {"text": float("nan")}}, "finite"),
+        ({"guidance_interval": (3.0, 1.0)}, "the lower one first"),
+        ({"guidance_rescale": 1.5}, "from 0 (off) to 1"),
+    ],
+)
+def test_bad_guidance(model: LatentDiffusion, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(DarkroomError) as error:
+        model.generate("a red fox", **arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_learned_variance_is_half_of_the_channels() -> None:
+    model = make_model(())
+    config = DenoiserConfig(network=UNetConfig(model_channels=32, channel_mult=(1,)), learned_variance=True)
+    denoiser = build_denoiser(denoiser_config(config, {}, 4, model.conditioner))
+    assert denoiser.network.config.out_channels == 8  # type: ignore[union-attr]
+    learned = LatentDiffusion(model.first_stage, denoiser, model.conditioner, model.info)
+    assert learned.latent_channels == 4
+    assert learned.generate(seed=[1, 2], steps=2, solver="ddim").images.shape == (2, 16, 16, 3)

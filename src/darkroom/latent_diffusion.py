@@ -7,7 +7,7 @@ model's pixel type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from darkroom.conditioning.classes import ClassEncoder
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.requests import (
     collate_values,
     encoder_of,
     encoders_of,
+    named_encoders,
     read_conditions,
     record_conditions,
 )
@@ -31,7 +33,7 @@ from darkroom.diffusion.grids import Grid, make_grid
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
-from darkroom.guidance import Guided
+from darkroom.guidance import Guide, Guided
 from darkroom.pixel_format import PixelFormat
 from darkroom.solvers import SOLVERS, default_eta, default_spacing
 
@@ -47,6 +49,9 @@ class Request:
     `size` is (width, height) in pixels; `class_labels` are names or indices. `eta` is the share of fresh noise per
     step, for solvers that draw noise. `conditions`: what else the model takes, by field (`boxes`, `segmentation`, ...):
     one value per image, or one for all. `noise_level`: for models that were trained with noise on a condition.
+    `guidance`: scales of single conditions, by the name of their encoder, in place of `guidance_scale`; then guidance
+    adds one condition after the other, in the conditioner's order, each with its scale. `guidance_interval`: low and
+    high in sigma/alpha, outside of which there is none. `guidance_rescale`: see `guidance.combine`.
     """
 
     prompts: list[str] | None = None
@@ -61,6 +66,9 @@ class Request:
     batch_size: int | None = None
     conditions: dict[str, Any] | None = None
     noise_level: int | None = None
+    guidance: dict[str, float] | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,10 @@ class LatentDiffusion(nn.Module):
         negative_prompt: str | None = None,
         batch_size: int | None = None,
         noise_level: int | None = None,
+        guidance: Mapping[str, float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        guide: LatentDiffusion | None = None,
         progress: Callable[[int, int], None] | None = None,
         preview: Callable[[int, np.ndarray], None] | None = None,
         preview_every: int = 1,
@@ -165,11 +177,17 @@ class LatentDiffusion(nn.Module):
                 batch_size=batch_size,
                 conditions=conditions or None,
                 noise_level=noise_level,
+                guidance=None if guidance is None else dict(guidance),
+                guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
             )
         if preview is not None and preview_every < 1:
             raise DarkroomError(f"preview_every is {preview_every}: it must be at least 1")
         show = None if preview is None else self._shower(preview, preview_every)
-        return self._run(self.validate(request), progress, show)
+        request = self.validate(request)
+        if guide is not None:
+            self._check_guide(guide)
+        return self._run(request, guide, progress, show)
 
     def validate(self, request: Request) -> Request:
         """The request with every default filled in and lists of equal length, or a DarkroomError that says the cure."""
@@ -191,6 +209,7 @@ class LatentDiffusion(nn.Module):
                 f"seed {bad_seeds[0] if bad_seeds else '(none)'}: a seed is a whole number from 0 to 2^63-1"
             )
         self._check_size(request.size)
+        self._check_guidance(request)
         fields = self.conditioner.fields
         for given, name, flag in (
             (request.prompts, "text", "a prompt"),
@@ -236,6 +255,35 @@ class LatentDiffusion(nn.Module):
             raise DarkroomError(f"eta is {eta}: it must be from 0 (no fresh noise) to 1")
         return None if default is None else default if eta is None else eta
 
+    def _check_guidance(self, request: Request) -> None:
+        for name, scale in (request.guidance or {}).items():
+            if name not in self.conditioner.encoders:
+                raise DarkroomError(
+                    f'guidance: this model has no condition "{name}"{nearest(name, self.conditioner.encoders)}'
+                )
+            if not math.isfinite(scale):
+                raise DarkroomError(f"guidance of {name} is {scale}: it must be a finite number; 1 is off")
+        if request.guidance_interval is not None:
+            low, high = request.guidance_interval
+            if not 0 <= low < high:
+                raise DarkroomError(
+                    f"guidance interval {low} to {high} is empty: give sigma/alpha, the lower one first"
+                )
+        if not 0 <= request.guidance_rescale <= 1:
+            raise DarkroomError(f"guidance rescale is {request.guidance_rescale}: it must be from 0 (off) to 1")
+
+    def _check_guide(self, guide: LatentDiffusion) -> None:
+        """A guide works on the same latents, with the same noise, and knows the same classes."""
+        for what, own, other in (
+            ("latent channels", self.latent_channels, guide.latent_channels),
+            ("downsampling", self.downsampling, guide.downsampling),
+            ("noise schedule", self.denoiser.schedule.config, guide.denoiser.schedule.config),
+            ("classes", _class_names(self), _class_names(guide)),
+        ):
+            if own != other and None not in (own, other):
+                shown = f"{own} against {other}" if isinstance(own, int) else "it"
+                raise DarkroomError(f"the guide differs from the model in its {what} ({shown}); take one trained alike")
+
     def _check_size(self, size: tuple[int, int]) -> None:
         factor = self.downsampling * self._network_config.size_multiple
         for name, value in zip(("width", "height"), size, strict=True):
@@ -262,8 +310,9 @@ class LatentDiffusion(nn.Module):
     def _run(
         self,
         request: Request,
+        guide: LatentDiffusion | None,
         progress: Callable[[int, int], None] | None,
-        show: Callable[[int, Tensor], None] | None = None,
+        show: Callable[[int, Tensor], None] | None,
     ) -> Result:
         assert request.batch_size and request.steps
         images, latents, nfe = [], [], 0
@@ -271,7 +320,7 @@ class LatentDiffusion(nn.Module):
         total = len(batches) * request.steps
         for done, first in enumerate(batches):
             part = slice(first, first + request.batch_size)
-            latent, nfe = self._sample(request, part, _on_step(progress, show, done * request.steps, total))
+            latent, nfe = self._sample(request, part, guide, _on_step(progress, show, done * request.steps, total))
             image = self.decode(latent)
             finite = image.flatten(1).isfinite().all(1).tolist()
             if not all(finite):
@@ -281,7 +330,7 @@ class LatentDiffusion(nn.Module):
                 )
             latents.append(latent)
             images.append(to_pixels(image, self.pixels))
-        return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, nfe))
+        return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, guide, nfe))
 
     def _shower(self, preview: Callable[[int, np.ndarray], None], every: int) -> Callable[[int, Tensor], None]:
         """Turns estimates x0 (B, C, H, W) into calls of `preview`; complains now if there is no preview decoder."""
@@ -303,19 +352,18 @@ class LatentDiffusion(nn.Module):
         return show
 
     def _sample(
-        self, request: Request, part: slice, on_step: Callable[[int, Tensor], None] | None
+        self,
+        request: Request,
+        part: slice,
+        guide: LatentDiffusion | None,
+        on_step: Callable[[int, Tensor], None] | None,
     ) -> tuple[Tensor, int]:
         """(B, C, H, W) latents of the images `part` of the request, and network calls per image."""
         assert request.size and request.steps and request.solver and request.guidance_scale is not None
         seeds = request.seeds[part]
         shape = (self.latent_channels, request.size[1] // self.downsampling, request.size[0] // self.downsampling)
         noise = SeededNoise(seeds, shape, self.device)
-        denoise = Guided(
-            self.denoiser,
-            self.encode_condition(request, part),
-            self.encode_negative(request, part),
-            scale=request.guidance_scale,
-        )
+        denoise = self._guided(request, part, guide)
         grid = self.grid(request.solver, request.steps)
         options: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
         if on_step is not None:
@@ -323,6 +371,37 @@ class LatentDiffusion(nn.Module):
         x = noise(0) * self.denoiser.schedule.prior_std(grid[0])
         x = SOLVERS[request.solver](denoise, x, grid, lambda i: noise(i + 1), **options)
         return x, denoise.nfe
+
+    def _guided(self, request: Request, part: slice, guide: LatentDiffusion | None) -> Guided:
+        """The denoiser with the conditions of some images bound to it, and guidance."""
+        assert request.guidance_scale is not None
+        options: dict[str, Any] = {"interval": request.guidance_interval, "rescale": request.guidance_rescale}
+        full = self.encode_condition(request, part)
+        if guide is not None:
+            weaker = Guide(guide.denoiser, guide.encode_condition(request, part))
+            return Guided(self.denoiser, full, scale=request.guidance_scale, guide=weaker, **options)
+        scales = self._scales(request)
+        names = list(scales)
+        # A chain is only encoded where scales differ: equal ones are one step.
+        own = len(set(scales.values())) > 1
+        between = [
+            (self._partly(request, part, names[: k + 1]), scales[name]) for k, name in enumerate(names[:-1]) if own
+        ]
+        scale = scales[names[-1]] if names else request.guidance_scale
+        return Guided(self.denoiser, full, self.encode_negative(request, part), scale, between=between, **options)
+
+    def _scales(self, request: Request) -> dict[str, float]:
+        """The guidance scale of each condition that is given and that guidance is about, in the conditioner's order: of
+        the request by name, of the encoder's own config, or that of the request for all."""
+        assert request.guidance_scale is not None
+        given = self._batch(request, slice(0, 1))
+        result = {}
+        for name, encoder in named_encoders(self.conditioner):
+            if encoder.stays or any(given[field] is None for field in encoder.fields):
+                continue
+            own = (request.guidance or {}).get(name, encoder.guidance_scale)
+            result[name] = request.guidance_scale if own is None else own
+        return result
 
     def grid(self, solver: str, steps: int) -> Grid:
         """The inference levels of a solver on this model's schedule."""
@@ -336,14 +415,20 @@ class LatentDiffusion(nn.Module):
         """What guidance pushes away from: the negative prompt, else the null conditioning; None where there is no
         guidance (a model without conditions, or scale 1, which a model without null conditioning needs). Conditions
         that stay on both sides of guidance are as asked for."""
-        if not self.conditioner.fields or request.guidance_scale == 1:
+        if not self.conditioner.fields or all(
+            s == 1 for s in self._scales(request).values() or [request.guidance_scale]
+        ):
             return None
+        return self._partly(request, part, ())
+
+    def _partly(self, request: Request, part: slice, present: Collection[str]) -> Conditioning:
+        """The conditioning with only the encoders `present`, and those that stay; the others are null, or the negative
+        prompt."""
         batch = self._batch(request, part)
-        staying = {field for encoder in encoders_of(self.conditioner) if encoder.stays for field in encoder.fields}
-        batch = {field: value if field in staying else None for field, value in batch.items()}
-        if request.negative_prompt:
+        absent = [name for name, e in named_encoders(self.conditioner) if name not in present and not e.stays]
+        if request.negative_prompt and "text" not in {self.conditioner.encoders[name].field for name in present}:
             batch["text"] = [request.negative_prompt] * len(request.seeds[part])
-        absent = [name for name, e in self.conditioner.encoders.items() if e.field != "text" and not e.stays]
+            absent = [name for name in absent if self.conditioner.encoders[name].field != "text"]
         return self._encode(batch, request, part, absent)
 
     def _batch(self, request: Request, part: slice) -> dict[str, Any]:
@@ -372,7 +457,7 @@ class LatentDiffusion(nn.Module):
         """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]; large ones in exact strips."""
         return latent if self.first_stage is None else self.first_stage.decode(latent, tile="auto")
 
-    def _settings(self, request: Request, nfe: int) -> list[dict[str, Any]]:
+    def _settings(self, request: Request, guide: LatentDiffusion | None, nfe: int) -> list[dict[str, Any]]:
         from darkroom import __version__
 
         record = asdict(replace(request, conditions=None))
@@ -382,19 +467,22 @@ class LatentDiffusion(nn.Module):
             record["class_labels"] = [encoder.record("class_label", label) for label in request.class_labels]
         if request.conditions is not None:
             record["conditions"] = record_conditions(self.conditioner, request.conditions)
-        model = {k: self.info[k] for k in ("name", "sha256") if k in self.info}
         return [
             {
                 "version": __version__,
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
-                "model": model,
+                "model": self._identity(),
+                **({} if guide is None else {"guide": guide._identity()}),
                 "request": record,
                 "index": i,
                 "nfe": nfe,
             }
             for i in range(len(request.seeds))
         ]
+
+    def _identity(self) -> dict[str, Any]:
+        return {k: self.info[k] for k in ("name", "sha256") if k in self.info}
 
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write a model folder (safetensors and JSON), atomically."""
@@ -417,6 +505,11 @@ def _on_step(
             progress(offset + step, total)
 
     return on_step
+
+
+def _class_names(model: LatentDiffusion) -> list[str] | None:
+    encoders = [e for e in encoders_of(model.conditioner) if isinstance(e, ClassEncoder)]
+    return list(encoders[0].config.classes) if encoders else None
 
 
 def _as_list(value: Any) -> list[Any] | None:

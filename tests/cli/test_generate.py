@@ -270,3 +270,24 @@ def test_a_full_disk_leaves_nothing_half_written(
     full_disk(monkeypatch, str(tmp_path))
     assert "No space left on device" in refused("generate", "x", "-m", models / "text", "-o", tmp_path / "a.png")
     assert os.listdir(tmp_path) == []
+
+
+def test_guidance_options(run: Any, models: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models)
+    ask = ("generate", "a red fox", "-m", "text", "--steps", 2, "--cfg-scale", 2)
+    status, _, error = run(
+        *ask, "--guidance", "text=5", "--guidance-interval", 0.1, 50, "--guidance-rescale", 0.5, "-o", "a.png"
+    )
+    assert (status, error) == (0, "")
+    record = read_settings("a.png")["request"]
+    assert record["guidance"] == {"text": 5.0} and record["guidance_interval"] == [0.1, 50.0]
+    assert run("generate", "--from", "a.png", "-o", "b.png")[0] == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    # A second model: it is recorded and found again.
+    assert run(*ask, "--guide", "text", "-o", "c.png")[0] == 0
+    assert read_settings("c.png")["guide"]["source"] == "text"
+    assert run("generate", "--from", "c.png", "-o", "d.png")[0] == 0
+    assert np.array_equal(pixels("c.png"), pixels("d.png"))
+    assert "NAME=SCALE" in refused(*ask, "--guidance", "text")
+    assert "leave out --guidance" in refused("generate", "--from", "a.png", "--guidance", "text=2")
+    assert "first stage only" in refused(*ask, "--guide", "fs")

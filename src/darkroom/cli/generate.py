@@ -48,6 +48,18 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
     return seeds
 
 
+def parse_guidance(words: Sequence[str]) -> dict[str, float] | None:
+    """("text=5", "boxes=2") -> {"text": 5.0, "boxes": 2.0}; None for no word."""
+    scales = {}
+    for word in words:
+        name, _, scale = word.partition("=")
+        try:
+            scales[name] = float(scale)
+        except ValueError:
+            raise DarkroomError(f"--guidance {word}: give NAME=SCALE, for example --guidance text=5") from None
+    return scales or None
+
+
 class SeedsCommand(click.Command):
     """Lets `--seed 1 2 3` take several words: numbers after --seed are seeds, up to the next word that is none."""
 
@@ -75,6 +87,16 @@ class SeedsCommand(click.Command):
 @click.option("-n", "--count", type=click.IntRange(1, MAX_SEEDS), help="So many images per prompt, seeds counted up.")
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and finer.")
 @click.option("--cfg-scale", type=float, help="Guidance: how closely to follow the prompt; 1 is off.")
+@click.option(
+    "--guidance", "guidances", multiple=True, metavar="NAME=SCALE", help="Guidance of one condition alone (repeatable)."
+)
+@click.option(
+    "--guidance-interval", type=float, nargs=2, metavar="LOW HIGH", help="Guide only between these sigma/alpha."
+)
+@click.option(
+    "--guidance-rescale", type=click.FloatRange(0, 1), help="Against oversaturation at high guidance: 0 to 1."
+)
+@click.option("--guide", metavar="MODEL", help="A weaker model to be guided away from, in place of no condition.")
 @click.option("--solver", help="ddim, ddpm, euler, euler_ancestral, heun, dpm++2m, unipc, ... (docs: solvers)")
 @click.option(
     "--eta",
@@ -126,6 +148,10 @@ class Given:
     count: int | None
     steps: int | None
     cfg_scale: float | None
+    guidances: tuple[str, ...]
+    guidance_interval: tuple[float, float] | None
+    guidance_rescale: float | None
+    guide: str | None
     solver: str | None
     eta: float | None
     width: int | None
@@ -164,21 +190,28 @@ def _generate(given: Given) -> None:
         seeds=seeds * max(1, len(subjects)),
         steps=given.steps,
         guidance_scale=given.cfg_scale,
+        guidance=parse_guidance(given.guidances),
+        guidance_interval=given.guidance_interval,
+        guidance_rescale=given.guidance_rescale or 0.0,
         solver=given.solver,
         eta=given.eta,
         size=(given.width or width, given.height or height),
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
     )
-    _make(model, request, target, _shareable(given.model), preview=preview)
+    _make(model, request, target, given, preview=preview)
 
 
 def _repeat(given: Given, source: Path) -> None:
     """Make the recorded batch again. What would change the pictures cannot be combined with it."""
-    fixed = ("prompts", "classes", "seeds", "count", "steps", "cfg_scale", "solver", "eta", "width", "height")
-    for name in (*fixed, "negative_prompt", "batch_size"):
+    fixed = (
+        *("prompts", "classes", "seeds", "count", "steps", "cfg_scale", "solver", "eta", "width", "height"),
+        *("guidances", "guidance_interval", "guidance_rescale", "negative_prompt", "batch_size"),
+    )
+    for name in fixed:
         if getattr(given, name) not in (None, ()):
-            flag = {"prompts": "a prompt", "classes": "--class", "seeds": "--seed"}.get(name, f"--{name}")
+            known = {"prompts": "a prompt", "classes": "--class", "seeds": "--seed", "guidances": "--guidance"}
+            flag = known.get(name, f"--{name}")
             raise DarkroomError(f"--from repeats an image with its own settings; leave out {flag.replace('_', '-')}")
 
     from darkroom.png_settings import read_settings
@@ -197,13 +230,15 @@ def _repeat(given: Given, source: Path) -> None:
     try:
         request = from_dict(Request, record["request"])
         threads = int(record.get("threads") or torch.get_num_threads())
-        recorded = dict(record.get("model") or {})
+        recorded, recorded_guide = (dict(record.get(part) or {}) for part in ("model", "guide"))
     except (DarkroomError, TypeError, ValueError) as error:
         raise DarkroomError(f"the settings inside {source} cannot be read: {error}") from None
     if given.threads is None:
         given = replace(given, threads=min(max(threads, 1), 1024))
     if given.model is None:
         given = replace(given, model=_recorded_model(source, recorded))
+    if given.guide is None and recorded_guide:
+        given = replace(given, guide=_recorded_model(source, recorded_guide, "--guide"))
     model = _load(given)
     target = target.fitted(model)
     for what, then, now in (
@@ -216,10 +251,10 @@ def _repeat(given: Given, source: Path) -> None:
             shown = (str(then)[:10], str(now)[:10]) if what == "model" else (then, now)
             click.echo(f"note: {what} was {shown[0]}, here it is {shown[1]}: pixels may differ", err=True)
     only = index if target.single and isinstance(index, int) and 0 <= index < len(request.seeds) else None
-    _make(model, request, target, _shareable(given.model), only, preview)
+    _make(model, request, target, given, only, preview)
 
 
-def _recorded_model(image: Path, recorded: dict[str, Any]) -> str:
+def _recorded_model(image: Path, recorded: dict[str, Any], flag: str = "-m") -> str:
     """The model that an image names, if it is where it was or is a bundled one."""
     from darkroom.model_folder import bundled
 
@@ -229,7 +264,7 @@ def _recorded_model(image: Path, recorded: dict[str, Any]) -> str:
     if name in bundled():
         return name
     raise DarkroomError(
-        f"{image} was made by the model {source or name or '(unnamed)'}, which is not here; add -m MODEL"
+        f"{image} was made by the model {source or name or '(unnamed)'}, which is not here; add {flag} MODEL"
     )
 
 
@@ -238,7 +273,8 @@ def _shareable(model: str | None) -> str:
     return "" if model is not None and (Path(model).is_absolute() or model.startswith("~")) else model or DEFAULT_MODEL
 
 
-def _load(given: Given) -> LatentDiffusion:
+def _load(given: Given, name: str | None = None) -> LatentDiffusion:
+    """The model that was named, or another of the same command."""
     import torch
 
     if given.threads is not None:
@@ -246,13 +282,14 @@ def _load(given: Given) -> LatentDiffusion:
     from darkroom.latent_diffusion import LatentDiffusion
     from darkroom.model_io import bundled, load
 
-    if given.model is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
+    if name is None and given.model is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
         raise DarkroomError("no model was named and this version ships none; add -m MODEL")
-    model = load(given.model or DEFAULT_MODEL, device=given.device)
+    name = name or given.model or DEFAULT_MODEL
+    model = load(name, device=given.device)
     if not isinstance(model, LatentDiffusion):
-        raise DarkroomError(f"{given.model} is a first stage only; it cannot generate by itself")
+        raise DarkroomError(f"{name} is a first stage only; it cannot generate by itself")
     if model.first_stage is None:
-        raise DarkroomError(f"{given.model} has no first stage, so its latents cannot be turned into images")
+        raise DarkroomError(f"{name} has no first stage, so its latents cannot be turned into images")
     return model
 
 
@@ -350,7 +387,7 @@ def _make(
     model: LatentDiffusion,
     request: Request,
     target: Target,
-    source: str,
+    given: Given,
     only: int | None = None,
     preview: Path | None = None,
 ) -> None:
@@ -359,6 +396,8 @@ def _make(
 
     request = model.validate(request)
     assert request.batch_size and request.steps
+    guide = None if given.guide is None else _load(given, given.guide)
+    sources = {"model": _shareable(given.model), "guide": _shareable(given.guide) if given.guide else ""}
     count, start = len(request.seeds), target.numbering()
     grid: list[tuple[np.ndarray, dict[str, Any]]] = []
     pixels = model.pixels
@@ -370,13 +409,15 @@ def _make(
             part = _slice(request, slice(first, first + request.batch_size))
             result = model.generate(
                 part,
+                guide=guide,
                 progress=_counting(bar, number * request.steps),
                 preview=None if preview is None else _show_in(preview, pixels),
                 preview_every=max(1, request.steps // PREVIEWS),
             )
             for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start=first):
-                if source:
-                    settings["model"]["source"] = source
+                for name, source in sources.items():
+                    if source:
+                        settings[name]["source"] = source
                 if target.grid:
                     grid.append((image, settings))
                 elif only is None or only == i:

@@ -13,9 +13,14 @@ from darkroom.conditioning.encoder import ConditionEncoder
 from darkroom.errors import DarkroomError
 
 
+def named_encoders(conditioner: Conditioner) -> list[tuple[str, ConditionEncoder]]:
+    """All encoders with their names, in their order."""
+    return [(name, e) for name, e in conditioner.encoders.items() if isinstance(e, ConditionEncoder)]
+
+
 def encoders_of(conditioner: Conditioner) -> list[ConditionEncoder]:
     """All encoders, in their order."""
-    return [encoder for encoder in conditioner.encoders.values() if isinstance(encoder, ConditionEncoder)]
+    return [encoder for _, encoder in named_encoders(conditioner)]
 
 
 def encoder_of(conditioner: Conditioner, field: str) -> ConditionEncoder:
