@@ -79,6 +79,7 @@ def test_adaptive_weight() -> None:
     a, b = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
     assert float(losses.adaptive_weight(a, b)) == pytest.approx(5 / (2 + 1e-4), abs=1e-12)
     assert float(losses.adaptive_weight(a, torch.zeros(2, dtype=torch.float64))) == 1e4
+    assert float(losses.adaptive_weight(a, b, maximum=2.0)) == 2.0
 
 
 def test_group_norm_makes_logits_independent_of_the_batch() -> None:

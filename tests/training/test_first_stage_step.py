@@ -570,3 +570,11 @@ def test_the_relativistic_loss_compares_with_the_image() -> None:
         output = step.autoencoder.decode(step.autoencoder.encode(image).sample_with(noise))
         expected = F.softplus(step.discriminator(image) - step.discriminator(output)).mean()
     torch.testing.assert_close(metrics["adversarial"], expected)
+
+
+def test_the_ceiling_of_the_adaptive_weight() -> None:
+    free, bounded = make(), make(replace(CONFIG, adaptive_weight_max=1e-3))
+    image, noise = images(), torch.zeros(4, 4, 8, 8)
+    assert float(first(free).loss(image, noise, 5)[1]["adaptive_weight"]) > 0.5 * 1e-3
+    weight = first(bounded).loss(image, noise, 5)[1]["adaptive_weight"]
+    assert float(weight) == pytest.approx(CONFIG.discriminator_weight * 1e-3)

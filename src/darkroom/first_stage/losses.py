@@ -72,13 +72,15 @@ def adversarial_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
     return -fake.mean() if real is None else relativistic_loss(fake, real)
 
 
-def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """(): |grad nll| / (|grad adversarial| + 1e-4), at most 1e4 (Esser et al. 2021, eq. 7).
+def adaptive_weight(
+    reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float = ADAPTIVE_WEIGHT_MAX
+) -> Tensor:
+    """(): |grad nll| / (|grad adversarial| + 1e-4), at most `maximum` (Esser et al. 2021, eq. 7).
 
     Both gradients are with respect to the decoder's last convolution weight.
     """
     ratio = reconstruction_gradient.norm() / (adversarial_gradient.norm() + ADAPTIVE_WEIGHT_EPSILON)
-    return ratio.clamp(0.0, ADAPTIVE_WEIGHT_MAX).detach()
+    return ratio.clamp(0.0, maximum).detach()
 
 
 def delayed(weight: float, train_step: int, start: int) -> float:

@@ -25,6 +25,7 @@ from darkroom.features.perceptual import load_perceptual
 from darkroom.first_stage.autoencoder import Autoencoder
 from darkroom.first_stage.discriminator import Discriminator, DiscriminatorNorm
 from darkroom.first_stage.losses import (
+    ADAPTIVE_WEIGHT_MAX,
     DiscriminatorLossKind,
     ReconstructionKind,
     adaptive_weight,
@@ -73,6 +74,8 @@ class FirstStageTrainConfig:
     discriminator_start: int = 50_001  # train step from which the adversarial term counts
     discriminator_warmup: int = 0  # train steps before `discriminator_start` in which only the discriminator learns
     discriminator_weight: float = 0.5  # 0: no discriminator at all
+    adaptive_weight_max: float = ADAPTIVE_WEIGHT_MAX  # a discriminator that is lost has next to no gradient: a lower
+    # ceiling than the official one keeps the autoencoder from following its noise until it has found back
     discriminator_factor: float = 1.0
     discriminator_loss: DiscriminatorLossKind = "hinge"
     discriminator_channels: int = 32  # official: 64
@@ -367,7 +370,7 @@ class AutoencoderPhase(nn.Module):
         gradients = _over_processes(gradients)
         if _several_processes():
             gradients /= torch.distributed.get_world_size()
-        return adaptive_weight(gradients[0], gradients[1])
+        return adaptive_weight(gradients[0], gradients[1], self.config.adaptive_weight_max)
 
 
 def _several_processes() -> bool:
