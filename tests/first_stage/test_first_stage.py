@@ -105,3 +105,7 @@ def test_facts_and_bad_input() -> None:
         first_stage.encode(torch.zeros(1, 4, 6, 7))
     with pytest.raises(DarkroomError, match="scale has shape"):
         FirstStage(first_stage.autoencoder, scale=torch.ones(5))
+    with pytest.raises(DarkroomError, match="encode: the image has type uint8: convert it to"):
+        first_stage.encode(torch.zeros(1, 3, 6, 7, dtype=torch.uint8))
+    with pytest.raises(DarkroomError, match="decode: the latent is a list: give a tensor"):
+        first_stage.decode([0.0])  # type: ignore[arg-type]

@@ -74,6 +74,7 @@ class FirstStage(nn.Module):
         tile: the whole image at once (None), or strips of about that many pixels square that give the same result in
         bounded memory and without gradients, or "auto", or a `Tiling` (tiling.py).
         """
+        _check_floating(image, "encode: the image")
         return self.normalise_posterior(tiling.encode(self.autoencoder, self.pad(image), tile))
 
     def decode(self, latent: Tensor, tile: tiling.Tile = None, size: tuple[int, int] | None = None) -> Tensor:
@@ -81,6 +82,7 @@ class FirstStage(nn.Module):
 
         size: (width, height) of the image that was encoded, if they are no multiples of f: what was padded is cut off.
         """
+        _check_floating(latent, "decode: the latent")
         f, (h, w) = self.downsampling, latent.shape[-2:]
         width, height = (w * f, h * f) if size is None else size
         if (-(-width // f), -(-height // f)) != (w, h):
@@ -213,3 +215,15 @@ class FirstStage(nn.Module):
         """shift and scale in the device and dtype of x, shaped to broadcast over its channels."""
         shift, scale = (t.to(device=x.device, dtype=x.dtype).view(1, -1, 1, 1) for t in (self.shift, self.scale))
         return shift, scale
+
+
+def _check_floating(x: Tensor, what: str) -> None:
+    """Integers and arrays would fail deep inside a convolution, or worse, be taken for values in [-1, 1]."""
+    if not isinstance(x, Tensor):
+        raise DarkroomError(
+            f"{what} is a {type(x).__name__}: give a tensor (B, C, H, W) in floating point, "
+            "or whole image files to `darkroom reconstruct`"
+        )
+    if not x.is_floating_point():
+        kind = str(x.dtype).removeprefix("torch.")
+        raise DarkroomError(f"{what} has type {kind}: convert it to floating point (images: in [-1, 1])")
