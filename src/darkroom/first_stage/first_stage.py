@@ -220,10 +220,7 @@ class FirstStage(nn.Module):
 def _check_floating(x: Tensor, what: str) -> None:
     """Integers and arrays would fail deep inside a convolution, or worse, be taken for values in [-1, 1]."""
     if not isinstance(x, Tensor):
-        raise DarkroomError(
-            f"{what} is a {type(x).__name__}: give a tensor (B, C, H, W) in floating point, "
-            "or whole image files to `darkroom reconstruct`"
-        )
+        raise DarkroomError(f"{what} is a {type(x).__name__}: give a tensor (B, C, H, W) in floating point")
     if not x.is_floating_point():
         kind = str(x.dtype).removeprefix("torch.")
         raise DarkroomError(f"{what} has type {kind}: convert it to floating point (images: in [-1, 1])")
