@@ -85,9 +85,10 @@ def test_a_run_tells_how_flat_colours_come_out(tuned: Path) -> None:
     assert (run / "samples" / "flat-colours.png").is_file() and "Flat colours" in (run / "report.html").read_text()
 
 
-def test_tuning_all_of_it_makes_new_latents(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["first-stage-finetune", "first-stage-sharpen"])
+def test_tuning_all_of_it_makes_new_latents(recipe: str, model: Path, tmp_path: Path) -> None:
     changes = SHORT | {"first_stage.train.latents": "channel"}
-    train("first-stage-finetune", tmp_path / "run", init_from=model, overrides=changes, quiet=True)
+    train(recipe, tmp_path / "run", init_from=model, overrides=changes, quiet=True)
     new = darkroom.load(tmp_path / "run")
     assert isinstance(new, FirstStage)  # no denoiser knows these latents
     assert new.preview is None and new.scale.shape == (3,)
