@@ -166,8 +166,8 @@ class DiT(nn.Module):
 
         side = c.input_size // c.patch_size
         positions = fitted_table(self.pos_embed, side, side, size, c.position_fit)
-        tokens = self.x_embedder(h.to(dtype))
-        tokens = tokens + positions.to(tokens.dtype)
+        # In the weights' precision, also under autocast: the sum over all blocks keeps its digits.
+        tokens = self.x_embedder(h.to(dtype)) + positions.to(dtype)
         for block in self.blocks:
             tokens = block(tokens, emb, context, mask)
         return unpatchify(self.final_layer(tokens, emb), size, c.patch_size).to(x.dtype)

@@ -219,8 +219,8 @@ class MMDiT(nn.Module):
         context = pointwise(conditioning.context.to(dtype), self.context_embedder)
 
         positions = fitted_table(self.pos_embed, c.pos_embed_max_size, c.position_base, size, c.position_fit)
-        tokens = self.x_embedder(h.to(dtype))
-        tokens = tokens + positions.to(tokens.dtype)
+        # In the weights' precision, also under autocast: the sum over all blocks keeps its digits.
+        tokens = self.x_embedder(h.to(dtype)) + positions.to(dtype)
         mask = conditioning.context_mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1])], dim=1)
