@@ -57,7 +57,7 @@ def test_moments_are_those_of_the_encoder(data: ImageDataset, tmp_path: Path, dt
     encoder = Encoder()
     cache = build(data, encoder, tmp_path, dtype=dtype)
     assert len(cache) == 20 and encoder.seen == 20
-    assert cache.fields == ("moments", "text", "class_label", "boxes", "segmentation")
+    assert cache.fields == ("moments", "text", "class_label", "boxes", "segmentation", "depth")
     with torch.no_grad():
         expected = torch.cat([encoder.module(collate([data[i] for i in r])["image"]) for r in _ranges(20, 6)])
     stored = torch.stack([cache[i]["moments"] for i in range(20)])

@@ -30,7 +30,7 @@ def chw(number: int) -> torch.Tensor:
 
 def test_shapes() -> None:
     data = open_dataset(DataConfig(count=200))
-    assert len(data) == 200 and data.fields == ("image", "text", "class_label", "boxes", "segmentation")
+    assert len(data) == 200 and data.fields == ("image", "text", "class_label", "boxes", "segmentation", "depth")
     one = data[5]
     assert one["image"].shape == (3, 64, 64) and one["image"].dtype == torch.uint8
     assert one["boxes"].dtype == torch.float32 and one["segmentation"].dtype == torch.int64

@@ -112,7 +112,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines += [f"    {text[:100]}" for text in captions["examples"]]
     if classes := facts.get("classes"):
         lines.append(f"  classes: {len(classes)}: {table(classes)}")
-    lines += [f"  {field}: {facts[field]}" for field in ("boxes", "segmentation") if field in facts]
+    from darkroom.data.records import EXTRAS
+
+    lines += [f"  {field}: {facts[field]}" for field in EXTRAS if field in facts]
     lines += [f"  note: {note}" for note in facts["notes"]]
     problems = facts["problems"]
     lines.append(f"  problems: {len(problems) or 'none'}")

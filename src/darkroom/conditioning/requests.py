@@ -40,6 +40,7 @@ def read_conditions(
     What has been read already is read again without change. Raises DarkroomError for what the model does not take, and
     for a condition of two parts (picture and mask) of which one is missing.
     """
+    width, height = size
     read: dict[str, list[Any]] = {}
     for field, value in (given or {}).items():
         if value is None:
@@ -48,7 +49,7 @@ def read_conditions(
         values = list(value) if encoder.several(value) else [value]
         if not values:
             raise DarkroomError(f"{field}: the list is empty; give one value per image, or one for all")
-        read[field] = [encoder.from_request(field, v, size) for v in values]
+        read[field] = [encoder.from_request(field, v, (width, height)) for v in values]
     for encoder in encoders_of(conditioner):
         there = [field for field in encoder.fields if field in read]
         if there and len(there) < len(encoder.fields):

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from darkroom.data.transforms import crop_example
+from darkroom.data.masks import draw_mask
+from darkroom.data.transforms import crop_example, crop_step
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelFormat
 
@@ -38,8 +39,9 @@ def pixels_of(dataset: Any) -> PixelFormat:
 
 
 def collate(examples: Sequence[dict[str, Any]], pixels: PixelFormat | None = None) -> Batch:
-    """Examples -> batch: `image` float32 (B, C, H, W) in [-1, 1]; `moments` float32; `class_label` int64 (B,);
-    `segmentation` int64 (B, H, W); `text` and `boxes` lists of B.
+    """Examples -> batch: `image` and `low_resolution` float32 (B, C, H, W) in [-1, 1]; `moments` float32; `class_label`
+    int64 (B,); `segmentation` int64 (B, H, W); `repaint_mask` and `depth` float32 (B, 1, H, W); `embedding` float32
+    (B, D); `text` and `boxes` lists of B.
 
     pixels: what the numbers of `image` mean (`dataset.pixels`); by default 8 bits.
     """
@@ -47,12 +49,12 @@ def collate(examples: Sequence[dict[str, Any]], pixels: PixelFormat | None = Non
     batch: Batch = {}
     for field in examples[0]:
         values = [example[field] for example in examples]
-        if field == "image":
+        if field in ("image", "low_resolution"):
             images = torch.stack(values)
             if images.dtype != getattr(torch, pixels.dtype):
                 raise ValueError(f"images are {images.dtype}, the pixel format says {pixels.dtype}")
             batch[field] = pixels.to_network(images)
-        elif field in ("segmentation", "moments"):
+        elif field in ("segmentation", "moments", "repaint_mask", "depth", "embedding"):
             batch[field] = torch.stack(values)
         elif field == "class_label":
             batch[field] = torch.tensor(values, dtype=torch.int64)
@@ -68,7 +70,8 @@ class Batches:
         batch_size * world_size, of which each rank takes its slice: two ranks with 4 see what one with 8 sees.
         The remainder of an epoch is dropped; a set smaller than a joint batch is repeated to fill it.
     micro_batches: how many make a training step (gradient accumulation).
-    augment: apply the configuration's `flip` and `random_crop` (drawn from the seed and the batch number).
+    augment: apply the configuration's `flip` and `random_crop`, and redraw random masks (drawn from the seed and the
+        batch number).
     crop: (width, height) of random crops instead of the configuration's.
     prefetch: prepare the next batch in a background thread; what is returned does not depend on it.
     """
@@ -102,6 +105,8 @@ class Batches:
             raise DarkroomError(
                 f"crop {self._crop[0]}x{self._crop[1]} does not fit in images of {size[0]}x{size[1]}; make it smaller"
             )
+        self._mask = getattr(dataset, "mask_rule", None) if augment else None
+        self._drawn = self._crop or size
         self.joint = batch_size * world_size
         self.per_epoch = max(1, len(dataset) // self.joint)
         self._order = lru_cache(maxsize=2)(self._shuffle)
@@ -151,7 +156,7 @@ class Batches:
     def _make(self, number: int) -> Batch:
         indices = self._indices(number)
         if not self._flip and self._crop is None:
-            return collate([self.dataset[i] for i in indices], self._pixels)
+            return collate(self._with_masks([self.dataset[i] for i in indices], number), self._pixels)
         rng = np.random.default_rng([self.seed, 1, number])
         draws = rng.random((self.joint, 3))[self.rank * self.batch_size :]
         dataset: Any = self.dataset
@@ -160,10 +165,22 @@ class Batches:
             example = dataset.example(index, flip=True) if self._flip and mirror < 0.5 else dataset[index]
             if self._crop is not None:
                 height, width = example["image"].shape[-2:]
-                x, y = int(right * (width - self._crop[0] + 1)), int(down * (height - self._crop[1] + 1))
+                step = crop_step(example, *self._crop)
+                x = int(right * ((width - self._crop[0]) // step + 1)) * step
+                y = int(down * ((height - self._crop[1]) // step + 1)) * step
                 example = crop_example(example, x, y, *self._crop)
             examples.append(example)
-        return collate(examples, self._pixels)
+        return collate(self._with_masks(examples, number), self._pixels)
+
+    def _with_masks(self, examples: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+        """A mask of its own for every example of every batch, in place of the one that goes with the example."""
+        if self._mask is None or self._drawn is None or "repaint_mask" not in examples[0]:
+            return examples
+        place = self.rank * self.batch_size
+        for i, example in enumerate(examples):
+            rng = np.random.default_rng([self.seed, 2, number, place + i])
+            example["repaint_mask"] = torch.from_numpy(draw_mask(rng, self._drawn, self._mask))
+        return examples
 
 
 def ordered_batches(dataset: Examples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:

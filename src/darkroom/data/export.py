@@ -70,12 +70,14 @@ def _samples(dataset: ShapesDataset) -> Iterator[dict[str, bytes]]:
         key = f"{index:06d}"
         boxes = [{"cls": int(row[0]), "bbox": [float(v) for v in row[1:]]} for row in example["boxes"].tolist()]
         labels = example["segmentation"].numpy().astype(np.uint8)
+        depth = np.rint(example["depth"][0].numpy() * 255).astype(np.uint8)
         yield {
             f"{key}.png": png_bytes(example["image"].permute(1, 2, 0).numpy()),
             f"{key}.txt": example["text"].encode(),
             f"{key}.cls": str(1 + example["class_label"]).encode(),
             f"{key}.json": json.dumps({"boxes": boxes}).encode(),
             f"{key}.seg.png": png_bytes(Image.fromarray(labels)),
+            f"{key}.depth.png": png_bytes(Image.fromarray(depth)),
         }
 
 

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from darkroom.data.image_files import Samples, is_array_file, read_samples
 from darkroom.data.pixels import widest
-from darkroom.data.records import Record, label_by_folder, read_parts, reason_of
+from darkroom.data.records import EXTRAS, Record, label_by_folder, read_parts, reason_of
 from darkroom.data.sources import SYNTHETIC, DataConfig, ShapesDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelType
@@ -201,9 +201,9 @@ def _label_facts(records: Sequence[Record], class_names: list[str] | None) -> di
             return class_names[label] if known else str(label)  # type: ignore[index]
 
         facts["classes"] = dict(Counter(map(name, labels)).most_common())
-    for field in ("boxes", "segmentation"):
-        if count := sum(getattr(record, field) is not None for record in records):
-            facts[field] = count
+    found = Counter(field for record in records for field in record.companions)
+    found["boxes"] = sum(record.boxes is not None for record in records)
+    facts |= {field: found[field] for field in EXTRAS if found[field]}
     return facts
 
 

@@ -43,7 +43,11 @@ def module_hash(module: nn.Module) -> str:
 
 
 class LatentCache:
-    """Examples like those of the data set it was built from, with `moments` float32 (2C, H, W) instead of `image`."""
+    """Examples like those of the data set it was built from, with `moments` float32 (2C, H, W) instead of `image`.
+
+    The image is there too where it is wanted: a condition that hides a part of it cannot be cached, because its masks
+    change from batch to batch.
+    """
 
     def __init__(
         self,
@@ -53,11 +57,12 @@ class LatentCache:
         wanted: Collection[str] | None = None,
     ) -> None:
         """moments: integers of the dtype's width, (N, 1 or 2, 2C, H, W); the second of two is the mirrored picture.
-        wanted: the other fields that examples have; None means all."""
+        wanted: the other fields that examples have; None means all but the image."""
         self.dataset, self._moments, self._dtype, self._wanted = dataset, moments, dtype, wanted
         self.config, self.digest, self.problems = dataset.config, dataset.digest, dataset.problems
         self.class_names, self.box_names = dataset.class_names, dataset.box_names
-        others = (f for f in dataset.fields if f != "image" and (wanted is None or f in wanted))
+        self.mask_rule = dataset.mask_rule
+        others = (f for f in dataset.fields if (f != "image" if wanted is None else f in wanted))
         self.fields = ("moments", *others)
 
     def __len__(self) -> int:
@@ -70,7 +75,10 @@ class LatentCache:
         if not 0 <= index < len(self):
             raise IndexError(index)
         stored = torch.from_numpy(np.array(self._moments[index, int(flip)])).view(self._dtype)
-        others = self.dataset.without_image(index, self._wanted)
+        if self._wanted is not None and "image" in self._wanted:
+            others = {name: value for name, value in self.dataset[index].items() if name in self._wanted}
+        else:
+            others = self.dataset.without_image(index, self._wanted)
         return {"moments": stored.float(), **(flip_example(others) if flip else others)}
 
     def captions(self) -> list[str]:
@@ -95,7 +103,7 @@ class LatentCache:
         encode: images (B, C, height, width) in [-1, 1] -> unnormalised moments (B, 2C, H, W).
         autoencoder: the module that `encode` uses, or a string that identifies it (`encoder_fingerprint` of a first
             stage: shift, scale and decoder then may change without a new cache).
-        wanted: the fields besides the latents that examples shall have; None means all.
+        wanted: the fields besides the latents that examples shall have; None means all but the image.
         progress: called with (examples done, examples in all).
         say: told when what is there belongs to another autoencoder, and so is computed again.
         """

@@ -17,15 +17,29 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from darkroom.data.records import Reading, Record, label_by_folder, read_parts, read_whole, reason_of
+from darkroom.data.records import COMPANIONS, Reading, Record, label_by_folder, read_parts, read_whole, reason_of
 from darkroom.data.sources import DataConfig, ImageDataset
-from darkroom.data.transforms import RULE_VERSION, crop_box, crop_boxes, decode, labels_to_network
+from darkroom.data.transforms import (
+    NO_LABEL,
+    RULE_VERSION,
+    crop_box,
+    crop_boxes,
+    decode,
+    depth_to_network,
+    labels_to_network,
+    mask_to_network,
+    read_vector,
+)
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelFormat
 
 IN_MEMORY_BYTES = 1_500_000_000  # decoded sets up to this size are decoded once, when they are opened
 
-Decoded = tuple[np.ndarray, np.ndarray | None, np.ndarray]  # image (C,H,W), label map (H,W), boxes (n,5)
+# By field: image (C,H,W), boxes (n,5), segmentation (H,W), repaint_mask and depth (1,H,W), embedding (D,).
+Decoded = dict[str, np.ndarray]
+_SPOKEN = {"segmentation": "label map", "repaint_mask": "mask", "depth": "depth map", "embedding": "vector"}
+# Bytes of a pixel of a map in memory.
+_MAP_BYTES = {"segmentation": 1, "repaint_mask": 4, "depth": 4}
 
 
 class PictureDataset(ImageDataset):
@@ -34,7 +48,7 @@ class PictureDataset(ImageDataset):
     Small sets are decoded at once; pictures that cannot be read are left out and listed in `problems`. Large sets are
     decoded on access; there the next readable picture takes the place of an unreadable one.
     A field belongs to the set when at least half of the examples have it: without a text or boxes an example then has
-    empty ones, without a class or label map it is left out.
+    empty ones, without a class, a map or a vector it is left out.
     """
 
     def __init__(self, config: DataConfig, split: str, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
@@ -44,7 +58,7 @@ class PictureDataset(ImageDataset):
         self._keep(reading.records, names_from)
         self.fields = ("image", *self._extra)
         width, height = self.size
-        maps = "segmentation" in self._extra
+        maps = sum(_MAP_BYTES.get(name, 0) for name in self._extra)
         bytes_each = width * height * (config.channels * self.pixels.bits // 8 + maps)
         self.in_memory = len(self._records) * bytes_each <= in_memory_bytes
         if self.in_memory:
@@ -60,20 +74,17 @@ class PictureDataset(ImageDataset):
         if not 0 <= index < len(self._records):
             raise IndexError(index)
         if self.in_memory:
-            image, boxes = self._images[index], self._boxes[index]
-            maps = None if self._maps is None else self._maps[index]
+            decoded = {"image": self._images[index], **self._others[index]}
         else:
-            index, (image, maps, boxes) = self._next_readable(index)
-        example = {"image": torch.from_numpy(image), **self._words(index)}
-        if "boxes" in self._extra:
-            example["boxes"] = torch.from_numpy(boxes)
-        if "segmentation" in self._extra and maps is not None:
-            example["segmentation"] = torch.from_numpy(maps).long()
+            index, decoded = self._next_readable(index)
+        example = {"image": torch.from_numpy(decoded["image"]), **self._words(index)}
+        for name in self._drawn:
+            values = torch.from_numpy(decoded[name])
+            example[name] = values.long() if name == "segmentation" else values
         return example
 
     def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
-        drawn = {"boxes", "segmentation"} & set(self._extra)
-        if drawn and (wanted is None or drawn & set(wanted)):
+        if self._drawn and (wanted is None or set(self._drawn) & set(wanted)):
             return super().without_image(index, wanted)
         words = self._words(self.replaced.get(index, index))  # nothing to decode
         return words if wanted is None else {name: value for name, value in words.items() if name in wanted}
@@ -110,7 +121,7 @@ class PictureDataset(ImageDataset):
             "text": sum(r.text is not None for r in records),
             "class_label": sum(r.label is not None for r in records),
             "boxes": sum(r.boxes is not None for r in records),
-            "segmentation": sum(r.segmentation is not None for r in records),
+            **{name: sum(name in r.companions for r in records) for name in COMPANIONS.values()},
         }
         fields = {name for name, n in has.items() if n and n * 2 >= count}
         named = next((r for r in names_from if r.class_names is not None), None)
@@ -129,14 +140,16 @@ class PictureDataset(ImageDataset):
                     self.problems.append((record.name, reason))
                     continue
                 record.label = number
-            if "segmentation" in fields and record.segmentation is None:
-                self.problems.append((record.name, "no label map"))
+            missing = [name for name in COMPANIONS.values() if name in fields and name not in record.companions]
+            if missing:
+                self.problems.append((record.name, f"no {_SPOKEN[missing[0]]}"))
                 continue
             kept.append(record)
         if count and not kept:
             self._nothing_readable()
         self._records = kept
         self._extra = [f for f in has if f in fields]
+        self._drawn = [f for f in self._extra if f not in ("text", "class_label")]  # what costs reading a file
 
     def _write_captions(self, records: list[Record], fields: set[str]) -> None:
         template = str(self.config.captions)
@@ -157,18 +170,30 @@ class PictureDataset(ImageDataset):
     def _decode(self, record: Record) -> Decoded:
         config = self.config
         image, shape = decode(record.image.read(), self.size, config.channels, self.pixels, config.background)
-        maps = None
-        if "segmentation" in self._extra and record.segmentation is not None:
-            with Image.open(io.BytesIO(record.segmentation.read())) as picture:
-                maps = labels_to_network(picture, self.size)
-            if self.class_names and int(maps.max()) >= len(self.class_names):
-                raise ValueError(f"label map has id {int(maps.max())}, there are {len(self.class_names)} classes")
-        boxes = np.zeros((0, 5), np.float32)
-        if "boxes" in self._extra and record.boxes:
+        decoded = {"image": image}
+        for name in self._drawn:
+            if name != "boxes":
+                decoded[name] = self._companion(name, record.companions[name].read())
+        if "boxes" in self._drawn:
             x0, y0, x1, y1 = crop_box(shape, self.size)
             part = (x0 / shape[0], y0 / shape[1], x1 / shape[0], y1 / shape[1])
-            boxes = crop_boxes(_box_rows(record.boxes, self.box_names), part)
-        return image, maps, boxes
+            decoded["boxes"] = crop_boxes(_box_rows(record.boxes or [], self.box_names), part)
+        return decoded
+
+    def _companion(self, name: str, data: bytes) -> np.ndarray:
+        """One field from the content of its file, by the rule of the image."""
+        if name == "depth":
+            return depth_to_network(data, self.size)
+        if name == "embedding":
+            return read_vector(data)
+        with Image.open(io.BytesIO(data)) as picture:
+            if name == "repaint_mask":
+                return mask_to_network(picture, self.size)
+            maps = labels_to_network(picture, self.size)
+        known = maps[maps != NO_LABEL]
+        if self.class_names and known.size and int(known.max()) >= len(self.class_names):
+            raise ValueError(f"label map has id {int(known.max())}, there are {len(self.class_names)} classes")
+        return maps
 
     def _try(self, record: Record) -> Decoded | str:
         """The decoded picture, or why there is none."""
@@ -185,23 +210,19 @@ class PictureDataset(ImageDataset):
         width, height = self.size
         count = len(self._records)
         images = np.empty((count, self.config.channels, height, width), np.dtype(self.pixels.dtype))
-        maps = np.empty((count, height, width), np.uint8) if "segmentation" in self._extra else None
-        self._boxes: list[np.ndarray] = []
+        self._others: list[Decoded] = []
         kept: list[Record] = []
         for record, result in zip(self._records, in_threads(self._try, self._records), strict=True):
             if isinstance(result, str):
                 self.problems.append((record.name, result))
                 continue
-            images[len(kept)] = result[0]
-            if maps is not None:
-                maps[len(kept)] = result[1]
-            self._boxes.append(result[2])
+            images[len(kept)] = result.pop("image")
+            self._others.append(result)
             kept.append(record)
         if count and not kept:
             self._nothing_readable()
         self._records = kept
         self._images = images[: len(kept)]
-        self._maps = maps[: len(kept)] if maps is not None else None
 
     def _next_readable(self, index: int) -> tuple[int, Decoded]:
         for place in range(len(self._records)):
@@ -233,10 +254,11 @@ class PictureDataset(ImageDataset):
             total.update(json.dumps(content, default=str).encode())
             if self.in_memory:
                 total.update(np.ascontiguousarray(self._images[index]).data)
-                if self._maps is not None:
-                    total.update(np.ascontiguousarray(self._maps[index]).data)
+                for name in self._drawn:
+                    if name != "boxes":  # they are in `content`
+                        total.update(np.ascontiguousarray(self._others[index][name]).data)
             else:
-                blobs = [b.identity() for b in (record.image, record.segmentation) if b is not None]
+                blobs = [b.identity() for b in (record.image, *record.companions.values())]
                 total.update(json.dumps(blobs).encode())
         return total.hexdigest()
 

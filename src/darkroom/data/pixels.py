@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from darkroom.data.derived import DerivedDataset
 from darkroom.data.image_files import read_samples
 from darkroom.data.locations import is_mixture, spread
 from darkroom.data.mixture import MixtureDataset
@@ -67,6 +68,8 @@ def converted(data: ImageDataset, given: bool = False) -> str | None:
 
     given: a given first stage decides what is made, so there is nothing to set.
     """
+    if isinstance(data, DerivedDataset):
+        return converted(data.dataset, given)
     if isinstance(data, MixtureDataset):
         return next((line for part in data.parts if (line := converted(part, given)) is not None), None)
     if not isinstance(data, PictureDataset):

@@ -3,13 +3,16 @@
 A sample is a picture and what stands beside it under the same name:
     .txt      caption
     .cls      class number
-    .seg.png  label map, one 8-bit channel of class numbers
+    .seg.png  label map, one 8-bit channel of class numbers; 255 is no class
+    .mask.png mask for inpainting, white = repaint
+    .depth.png, .depth.tif, .depth.npy  depth map of one channel, larger = nearer
+    .emb.npy  a vector, such as the embedding of the picture
     .json     metadata, any keys; `text` or `caption`, `cls` or `label`, and `boxes`: a list of
               {"cls" or "class", "bbox": [x0, y0, x1, y1] divided by width and height}
 In an image folder, `metadata.jsonl` (one object a line: `file_name`, `text`, any keys as in .json) takes the place of
-these. When no class is stated and all pictures are in two or more sub-folders, these are the classes. In a tar shard
-the name up to the first dot is the sample (WebDataset). `classes.json` beside shards or pictures states names:
-{"classes": [names], "boxes": {"classes": [names]}}.
+.txt, .cls and .json. When no class is stated and all pictures are in two or more sub-folders, these are the classes. In
+a tar shard the name up to the first dot is the sample (WebDataset). `classes.json` beside shards or pictures states
+names: {"classes": [names], "boxes": {"classes": [names]}}.
 """
 
 from __future__ import annotations
@@ -30,7 +33,16 @@ from darkroom.errors import DarkroomError
 # Arrays last: beside a picture of the same name an array is something else (an embedding, a depth map).
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *ARRAY_SUFFIXES)
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-LABEL_MAP = ".seg.png"
+# What lies beside a picture besides words, and the field that it becomes.
+COMPANIONS = {
+    ".seg.png": "segmentation",
+    ".mask.png": "repaint_mask",
+    ".depth.png": "depth",
+    ".depth.tif": "depth",
+    ".depth.npy": "depth",
+    ".emb.npy": "embedding",
+}
+EXTRAS = ("boxes", *dict.fromkeys(COMPANIONS.values()))  # fields besides words and classes
 METADATA = "metadata.jsonl"
 # A part named in a sub-folder or shard: "clothing-train-00.tar", "val/", "camvid-test20.tar".
 _PART = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?=[-_.\d]|$)", re.IGNORECASE)
@@ -76,7 +88,7 @@ class Record:
     label: int | str | None = None
     folder: str | None = None  # first sub-folder in its path: its class when nothing else states one
     boxes: list[dict[str, Any]] | None = None
-    segmentation: Blob | None = None
+    companions: dict[str, Blob] = field(default_factory=dict)  # by field: label map, mask, depth map, vector
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -207,7 +219,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _read_folder(folder: Path, reading: Reading) -> None:
     files = list(_walk(folder))
     names = {str(f) for f in files}
-    pictures = [f for f in files if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.lower().endswith(LABEL_MAP)]
+    pictures = [f for f in files if _is_picture(f.name)]
     drawn = {f.with_suffix("") for f in pictures if not f.name.lower().endswith(ARRAY_SUFFIXES)}
     pictures = [f for f in pictures if not f.name.lower().endswith(ARRAY_SUFFIXES) or f.with_suffix("") not in drawn]
     if not pictures:
@@ -221,17 +233,18 @@ def _read_folder(folder: Path, reading: Reading) -> None:
         record = Record(relative.as_posix(), str(picture), Blob(str(picture)))
         record.folder = relative.parts[0] if len(relative.parts) > 1 else None
         sheet = next((p for p in picture.parents if p in listed), None)
+        stem = str(picture.with_suffix(""))
+        beside = {s[1:]: Blob(stem + s) for s in (".txt", ".cls", ".json", *COMPANIONS) if stem + s in names}
         if sheet is not None:
             row = listed[sheet].pop(picture.relative_to(sheet).as_posix(), None)
             if row is None:
                 reading.problems.append((str(picture), f"not listed in {sheet / METADATA}"))
                 continue
             _take_metadata(record, row)
+            _take_companions(record, beside)
         else:
-            stem = str(picture.with_suffix(""))
-            beside = {s: Blob(stem + s) for s in (".txt", ".cls", ".json", LABEL_MAP) if stem + s in names}
             try:
-                _take_fields(record, {s[1:]: blob for s, blob in beside.items()})
+                _take_fields(record, beside)
             except (OSError, ValueError) as error:
                 reading.problems.append((str(picture), reason_of(error)))
                 continue
@@ -317,7 +330,7 @@ def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Blob]]:
 
 def _add_sample(path: Path, key: str, fields: dict[str, Blob], reading: Reading) -> None:
     name = f"{path}:{key}"
-    endings = [e for e in fields if f".{e}".endswith(IMAGE_SUFFIXES) and not f".{e}".endswith(LABEL_MAP)]
+    endings = [e for e in fields if _is_picture(f".{e}")]
     endings.sort(key=lambda e: f".{e}".endswith(ARRAY_SUFFIXES))
     if not endings:
         reading.problems.append((name, "no picture among its members"))
@@ -334,6 +347,11 @@ def _add_sample(path: Path, key: str, fields: dict[str, Blob], reading: Reading)
 # --- what stands beside a picture -------------------------------------------------------------------------------------
 
 
+def _is_picture(name: str) -> bool:
+    """Whether a file is a sample's picture, not what lies beside one."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.lower().endswith(tuple(COMPANIONS))
+
+
 def _take_fields(record: Record, fields: dict[str, Blob]) -> None:
     """Fill a record from the members of its sample, by ending without the first dot."""
     if "json" in fields:
@@ -345,7 +363,11 @@ def _take_fields(record: Record, fields: dict[str, Blob]) -> None:
         record.text = fields["txt"].read().decode("utf-8-sig", errors="replace").strip()
     if "cls" in fields:
         record.label = int(fields["cls"].read().decode("ascii"))
-    record.segmentation = fields.get(LABEL_MAP[1:])
+    _take_companions(record, fields)
+
+
+def _take_companions(record: Record, fields: dict[str, Blob]) -> None:
+    record.companions = {name: fields[s[1:]] for s, name in COMPANIONS.items() if s[1:] in fields}
 
 
 def _take_metadata(record: Record, content: dict[str, Any]) -> None:

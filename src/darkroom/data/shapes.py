@@ -45,6 +45,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "check_caption",
+    "depth_map",
     "draw_scene",
     "find_objects",
     "held_out",
@@ -133,6 +134,16 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         image += covered[..., None] * (np.array(COLOURS[item.colour], np.float32) - image)
         labels[covered >= 0.5] = 1 + SHAPES.index(item.shape)
     return np.rint(image).astype(np.uint8), labels
+
+
+def depth_map(scene: Scene) -> np.ndarray:
+    """float32 (H, W), larger = nearer: 0 background, 1 the object that the caption names first, 1/2 the second. An edge
+    pixel lies between, as its colour does."""
+    depth = np.zeros((scene.size[1], scene.size[0]), np.float32)
+    for number, item in enumerate(scene.objects):
+        covered = coverage(item.shape, item.x, item.y, item.radius, scene.size)
+        depth += covered * (1 / (1 + number) - depth)
+    return depth
 
 
 def _place_single(rng: np.random.Generator, caption: Caption, size: tuple[int, int]) -> tuple[SceneObject, ...]:

@@ -1,7 +1,9 @@
 """Where examples come from: `DataConfig`, `open_dataset`, and the datasets behind them.
 
 An example is a dict; its `image` is (C, H, W) in the type of `data.pixels`, its other fields are those of a batch:
-`text` str; `class_label` int; `boxes` float32 (n, 5) of class, x0, y0, x1, y1; `segmentation` int64 (H, W).
+`text` str; `class_label` int; `boxes` float32 (n, 5) of class, x0, y0, x1, y1; `segmentation` int64 (H, W);
+`low_resolution` (C, H/factor, W/factor) in the type of the image; `repaint_mask` float32 (1, H, W), 1 = repaint;
+`depth` float32 (1, H, W), larger = nearer; `embedding` float32 (D,).
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from darkroom.data import shapes
+from darkroom.data.degradations import LowResolution
 from darkroom.data.locations import is_mixture, is_shapes, part_of
+from darkroom.data.masks import RandomMask
 from darkroom.data.transforms import flip_example
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelFormat
@@ -48,6 +52,8 @@ class DataConfig:
     random_crop: train on random rectangles of this size out of the `size` picture; an int or (width, height).
     background: colour under transparent pixels.
     captions: template that makes a text out of the class name, such as "a photo of a {label}"; replaces texts.
+    low_resolution: also make smaller or blurred pictures, for super-resolution: {factor: 4, blur: 0}.
+    repaint_mask: also draw masks, for inpainting: {share: [0.1, 0.5], everything: 0}. Masks beside the pictures win.
     """
 
     source: str | list[str] = "shapes"
@@ -64,6 +70,8 @@ class DataConfig:
     random_crop: int | tuple[int, int] | None = None
     background: str = "white"
     captions: str | None = None
+    low_resolution: LowResolution | None = None
+    repaint_mask: RandomMask | None = None
 
     @property
     def width_height(self) -> tuple[int, int]:
@@ -133,9 +141,14 @@ class ImageDataset(ABC):
         return self.class_names
 
     @property
+    def mask_rule(self) -> RandomMask | None:
+        """How masks are drawn; None where there are none, or where they come with the pictures."""
+        return None
+
+    @property
     def low_resolution_factor(self) -> int | None:
         """How many times larger than `low_resolution` the image is; None without that field."""
-        return None
+        return None if self.config.low_resolution is None else self.config.low_resolution.factor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -206,7 +219,7 @@ class ShapesDataset(ImageDataset):
         self.count = count if config.limit is None else min(count, config.limit)
         if self.count < 1:
             raise DarkroomError("shapes without examples; set count (and limit) to 1 or more")
-        self.fields = ("image", "text", "class_label", "boxes", "segmentation")
+        self.fields = ("image", "text", "class_label", "boxes", "segmentation", "depth")
         self.class_names = list(shapes.SHAPES)
         self.box_names = list(shapes.SHAPES)
         identity = ["shapes", shapes.VERSION, config.seed, split, self.size, self.kind, self.count]
@@ -234,11 +247,12 @@ class ShapesDataset(ImageDataset):
             "class_label": scene.class_label,
             "boxes": torch.from_numpy(scene.boxes),
             "segmentation": torch.from_numpy(labels).long(),
+            "depth": torch.from_numpy(shapes.depth_map(scene))[None],
         }
 
     def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
-        if wanted is None or "segmentation" in wanted:
-            return super().without_image(index, wanted)  # the label map is drawn with the picture
+        if wanted is None or {"segmentation", "depth"} & set(wanted):
+            return super().without_image(index, wanted)  # maps are drawn with the picture
         scene = self.scene(index)
         known = {"text": scene.caption, "class_label": scene.class_label, "boxes": torch.from_numpy(scene.boxes)}
         return {name: value for name, value in known.items() if name in wanted}
@@ -259,6 +273,10 @@ def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
 
         config = resolve_pixels(config)
     _ = config.pixel_format
+    if config.low_resolution is not None or config.repaint_mask is not None:
+        from darkroom.data.derived import DerivedDataset
+
+        return DerivedDataset(open_dataset(replace(config, low_resolution=None, repaint_mask=None), split), config)
     if config.is_shapes:
         return ShapesDataset(config, split)
     if config.is_synthetic:

@@ -26,8 +26,8 @@ RULE = """\
 5. The largest centred rectangle with the target's aspect ratio is kept.
 6. That rectangle is resized to the target with a Lanczos filter, also when it grows, each channel on its own; more
    than 8 bits in float32, where no value leaves the range of the picture's own.
-Label maps take steps 1, 5 and 6 with nearest neighbour. Boxes take step 5, are clipped, and are dropped when nothing is
-left of them.
+Label maps and masks take steps 1, 5 and 6 with nearest neighbour. Depth maps are pictures of one channel in float32.
+Boxes take step 5, are clipped, and are dropped when nothing is left of them.
 """
 # Part of every cache key. Raise it when a step above changes.
 RULE_VERSION = 1
@@ -160,6 +160,9 @@ def resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack(planes, 2)
 
 
+NO_LABEL = 255
+
+
 def labels_to_network(labels: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """RULE for a label map: uint8 (H, W)."""
     labels = ImageOps.exif_transpose(labels)
@@ -170,6 +173,30 @@ def labels_to_network(labels: Image.Image, size: tuple[int, int]) -> np.ndarray:
     if labels.size != size:
         labels = labels.resize(size, Image.Resampling.NEAREST, box=crop_box(labels.size, size))
     return np.array(labels, np.uint8)
+
+
+def mask_to_network(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """RULE for a mask: float32 (1, H, W), 1 from half of white upwards."""
+    mask = ImageOps.exif_transpose(mask).convert("L")
+    if mask.size != size:
+        mask = mask.resize(size, Image.Resampling.NEAREST, box=crop_box(mask.size, size))
+    return (np.asarray(mask) >= 128).astype(np.float32)[None]
+
+
+def depth_to_network(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """RULE for the content of a depth map: float32 (1, H, W) in the file's own unit."""
+    values = convert(read_samples(data, 1), 1, PixelFormat("float32"))
+    if (values.shape[1], values.shape[0]) != size:
+        values = resize(values, size)
+    return np.array(values.transpose(2, 0, 1), order="C")
+
+
+def read_vector(data: bytes) -> np.ndarray:
+    """The content of a .npy file of one axis: float32 (D,)."""
+    values = np.load(io.BytesIO(data), allow_pickle=False)
+    if values.ndim != 1 or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise ValueError(f"a vector of type {values.dtype} and shape {values.shape}; expected finite numbers (D,)")
+    return values.astype(np.float32)
 
 
 def crop_boxes(boxes: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
@@ -190,10 +217,26 @@ def mirrored(image: torch.Tensor) -> torch.Tensor:
     return image.flip(-1)
 
 
+# Fields that lie on the image pixel by pixel, or block by block.
+PLANES = ("image", "segmentation", "low_resolution", "repaint_mask", "depth")
+
+
+def crop_step(example: dict[str, Any], width: int, height: int) -> int:
+    """Corners of crops of (width, height) must be multiples of this, so that all fields can be cut alike."""
+    if "low_resolution" not in example:
+        return 1
+    factor = round(example["image"].shape[-1] / example["low_resolution"].shape[-1])
+    if width % factor or height % factor:
+        raise DarkroomError(
+            f"random_crop {width}x{height} does not fit data.low_resolution.factor {factor}; give multiples of it"
+        )
+    return factor
+
+
 def flip_example(example: dict[str, Any]) -> dict[str, Any]:
-    """The example mirrored left to right: image, label map and boxes. Its text stays."""
+    """The example mirrored left to right: image, maps and boxes. Its text stays."""
     out = dict(example)
-    for field in ("image", "segmentation"):
+    for field in PLANES:
         if field in out:
             out[field] = mirrored(out[field])
     if "boxes" in out:
@@ -204,12 +247,15 @@ def flip_example(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def crop_example(example: dict[str, Any], x: int, y: int, width: int, height: int) -> dict[str, Any]:
-    """The rectangle with the top left pixel (x, y): image, label map and boxes. Its text and class stay."""
+    """The rectangle with the top left pixel (x, y): image, maps and boxes. Its text and class stay. A smaller picture
+    (`low_resolution`) needs x, y, width and height that are multiples of its factor: see `crop_step`."""
     out = dict(example)
     full_height, full_width = example["image"].shape[-2:]
-    for field in ("image", "segmentation"):
+    for field in PLANES:
         if field in out:
-            out[field] = out[field][..., y : y + height, x : x + width]
+            factor = round(full_width / out[field].shape[-1])
+            left, top, right, bottom = (v // factor for v in (x, y, x + width, y + height))
+            out[field] = out[field][..., top:bottom, left:right]
     if "boxes" in out:
         part = (x / full_width, y / full_height, (x + width) / full_width, (y + height) / full_height)
         out["boxes"] = torch.from_numpy(crop_boxes(out["boxes"].numpy(), part))
