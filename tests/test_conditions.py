@@ -99,7 +99,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def test_every_kind_is_tried() -> None:
-    assert {entry["kind"] for entry in KINDS.values()} >= set(ENCODERS) - {"clip", "open_clip", "t5", "sdxl", "sd3"}
+    """Published text towers have tests of their own."""
+    own = {kind for kind, encoder in ENCODERS.items() if not encoder.__module__.endswith("text_towers")}
+    assert {entry["kind"] for entry in KINDS.values()} == own
 
 
 @pytest.mark.parametrize("name", KINDS)
