@@ -70,3 +70,14 @@ def test_a_stated_width_that_cannot_be_is_refused() -> None:
         parts({"text": TEXT}, {"context_dim": 32})
     with pytest.raises(DarkroomError, match=r'"denoiser.network.num_classes" is 7 in the recipe but 3 follows'):
         parts({"class": ClassEncoderConfig(slot="label")}, {"num_classes": 7})
+
+
+@pytest.mark.parametrize("kind", [UNET, DIT, MMDIT], ids=lambda c: c.kind)
+def test_a_learned_variance_doubles_the_output(kind: Network) -> None:
+    conditioner = build_conditioner(conditioner_config({"text": TEXT}, Facts([], CAPTIONS)))
+    config = denoiser_config(DenoiserConfig(network=kind, learned_variance=True), {}, 4, conditioner)
+    denoiser = build_denoiser(config)
+    x, level = torch.zeros(2, 4, 8, 8), denoiser.schedule.level(500.0)
+    raw = denoiser.network(x, torch.tensor([1.0, 2.0]), conditioner({"text": CAPTIONS}))
+    assert raw.shape == (2, 8, 8, 8)
+    assert denoiser(x, level, conditioner({"text": CAPTIONS})).shape == x.shape
