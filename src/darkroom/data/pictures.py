@@ -177,7 +177,7 @@ class PictureDataset(ImageDataset):
         if "boxes" in self._drawn:
             x0, y0, x1, y1 = crop_box(shape, self.size)
             part = (x0 / shape[0], y0 / shape[1], x1 / shape[0], y1 / shape[1])
-            decoded["boxes"] = crop_boxes(_box_rows(record.boxes or [], self.box_names), part)
+            decoded["boxes"] = crop_boxes(_box_rows(record.boxes or [], self.box_names, config.box_attributes), part)
         return decoded
 
     def _companion(self, name: str, data: bytes) -> np.ndarray:
@@ -344,8 +344,8 @@ def _class_number(label: int | str | None, names: list[str]) -> int | None:
     return label if label is not None and 0 <= label < len(names) else None
 
 
-def _box_rows(boxes: list[dict[str, Any]], names: list[str]) -> np.ndarray:
-    """float32 (n, 5): class, x0, y0, x1, y1."""
+def _box_rows(boxes: list[dict[str, Any]], names: list[str], attributes: bool) -> np.ndarray:
+    """float32 (n, 5): class, x0, y0, x1, y1; with attributes class + (number of classes) * bits."""
     rows = []
     for box in boxes:
         number = box["cls"] if "cls" in box else names.index(box["class"])
@@ -354,7 +354,8 @@ def _box_rows(boxes: list[dict[str, Any]], names: list[str]) -> np.ndarray:
             raise ValueError(f"box {box['bbox']} is not x0, y0, x1, y1 in [0, 1]")
         if names and not 0 <= number < len(names):
             raise ValueError(f"box class {number} is not among the {len(names)} names")
-        rows.append((number, x0, y0, x1, y1))
+        bits = int(box.get("attributes", 0)) if attributes else 0
+        rows.append((number + len(names) * bits, x0, y0, x1, y1))
     return np.array(rows, np.float32).reshape(-1, 5)
 
 

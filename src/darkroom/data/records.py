@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.data.image_files import ARRAY_SUFFIXES
+from darkroom.data.lmdb_file import DATA, is_lmdb, lmdb_values
 from darkroom.errors import DarkroomError
 
 # Arrays last: beside a picture of the same name an array is something else (an embedding, a depth map).
@@ -107,9 +108,19 @@ def read_parts(source: str | list[str]) -> tuple[Reading, Reading | None]:
     locations = [source] if isinstance(source, str) else list(source)
     if not locations:
         raise DarkroomError("the data source is an empty list; name a folder or a tar shard")
+    from darkroom.data.published import read_published  # it builds on this module
+
     train, validation = Reading(), Reading()
     divided = False
     for location in locations:
+        paths = _expand(location)
+        published = read_published(paths[0]) if len(paths) == 1 and paths[0].is_dir() else None
+        if published is not None:
+            divided = divided or "validation" in published
+            for part, reading in (("train", train), ("validation", validation)):
+                if part in published:
+                    _join(published[part], reading, location)
+            continue
         parts = _divide(location)
         divided = divided or "validation" in parts
         for part, reading in (("train", train), ("validation", validation)):
@@ -128,6 +139,20 @@ def read_whole(source: str) -> Reading:
     return reading
 
 
+def _join(part: Reading, reading: Reading, where: object) -> None:
+    """Add what one place holds."""
+    reading.records += part.records
+    reading.problems += part.problems
+    if part.class_names is not None and part.box_names is not None:
+        _take_names(part.class_names, part.box_names, where, reading)
+
+
+def _take_names(class_names: list[str], box_names: list[str], where: object, reading: Reading) -> None:
+    if (reading.class_names, reading.box_names) not in ((None, None), (class_names, box_names)):
+        raise DarkroomError(f"{where} names other classes than the rest of the data; train on one set of classes")
+    reading.class_names, reading.box_names = class_names, box_names
+
+
 def _expand(location: str) -> list[Path]:
     """The paths that a location names; it may be a glob."""
     text = os.path.expanduser(location)
@@ -142,7 +167,12 @@ def _expand(location: str) -> list[Path]:
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(SHARD_SUFFIXES) and not p.name.startswith("."))
+    """Tar shards, and LMDB folders, which are read like them."""
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if not p.name.startswith(".") and (p.name.lower().endswith(SHARD_SUFFIXES) or (p.is_dir() and is_lmdb(p)))
+    )
 
 
 def _divide(location: str) -> dict[str, list[Path]]:
@@ -153,27 +183,29 @@ def _divide(location: str) -> dict[str, list[Path]]:
         paths = _shards_in(folder)
         if not paths:
             children = [p for p in sorted(folder.iterdir()) if p.is_dir()]
-            if not any(_PART.fullmatch(p.name) and _part(p) == "train" for p in children):
+            if not any(_PART.fullmatch(p.name) and part_name(p.name) == "train" for p in children):
                 return {"train": [folder]}
             paths = [p for p in children if _PART.fullmatch(p.name)]
     elif len(paths) == 1:
         return {"train": paths}
     parts: dict[str, list[Path]] = {}
     for path in paths:
-        parts.setdefault(_part(path) or "train", []).append(path)
+        parts.setdefault(part_name(path.name) or "train", []).append(path)
     # A folder of nothing but validation or test shards is simply the data.
     return parts if "train" in parts else {"train": paths}
 
 
-def _part(path: Path) -> str | None:
-    """ "train", "validation", "test" or None, from the last such word in the name."""
-    words = [m.group(1).lower() for m in _PART.finditer(path.name)]
+def part_name(name: str) -> str | None:
+    """ "train", "validation", "test" or None, from the last such word in a name."""
+    words = [m.group(1).lower() for m in _PART.finditer(name)]
     return _PART_OF.get(words[-1], "test") if words else None
 
 
 def _read_path(path: Path, reading: Reading) -> None:
     name = path.name.lower()
-    if path.is_dir():
+    if path.is_dir() and is_lmdb(path):
+        _read_lmdb(path, reading)
+    elif path.is_dir():
         _read_folder(path, reading)
         _read_class_names(path / "classes.json", reading)
     elif name.endswith(SHARD_SUFFIXES):
@@ -195,9 +227,7 @@ def _read_class_names(path: Path, reading: Reading) -> None:
         box_names = [str(n) for n in boxes["classes"]] if isinstance(boxes, dict) else names
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DarkroomError(f'{path} is not of the form {{"classes": ["name", ...]}}; correct or remove it') from None
-    if reading.class_names not in (None, names):
-        raise DarkroomError(f"{path} names other classes than the rest of the data; train on one set of classes")
-    reading.class_names, reading.box_names = names, box_names
+    _take_names(names, box_names, path, reading)
 
 
 # --- image folders ----------------------------------------------------------------------------------------------------
@@ -326,6 +356,17 @@ def _members(path: Path, reading: Reading) -> Iterator[tuple[str, Blob]]:
         if not count:
             raise DarkroomError(f"{path} cannot be read as a tar shard ({reason_of(error)}); check the file") from None
         reading.problems.append((str(path), f"ends too early: {reason_of(error)}"))
+
+
+def _read_lmdb(folder: Path, reading: Reading) -> None:
+    """Pictures under their keys, as LSUN has them."""
+    file = folder / DATA
+    try:
+        for key, offset, size in lmdb_values(file):
+            name = key.decode("utf-8", errors="replace")
+            reading.records.append(Record(name, f"{folder}:{name}", Blob(str(file), offset, size)))
+    except ValueError as error:
+        raise DarkroomError(f"{file} cannot be read ({error}); check the file") from None
 
 
 def _add_sample(path: Path, key: str, fields: dict[str, Blob], reading: Reading) -> None:

@@ -52,6 +52,8 @@ class DataConfig:
     random_crop: train on random rectangles of this size out of the `size` picture; an int or (width, height).
     background: colour under transparent pixels.
     captions: template that makes a text out of the class name, such as "a photo of a {label}"; replaces texts.
+    box_attributes: add a box's attributes (OpenImages: group, occluded, depiction, inside; 4 bits) to its class, as
+        class + (number of classes) * bits; then also set `attributes` of the condition `boxes`.
     low_resolution: also make smaller or blurred pictures, for super-resolution: {factor: 4, blur: 0}.
     repaint_mask: also draw masks, for inpainting: {share: [0.1, 0.5], everything: 0}. Masks beside the pictures win.
     """
@@ -70,6 +72,7 @@ class DataConfig:
     random_crop: int | tuple[int, int] | None = None
     background: str = "white"
     captions: str | None = None
+    box_attributes: bool = False
     low_resolution: LowResolution | None = None
     repaint_mask: RandomMask | None = None
 
