@@ -22,7 +22,6 @@ from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder, IdentityConfig
 from darkroom.first_stage.preview import PreviewDecoder, PreviewDecoderConfig
-from darkroom.networks.blocks import timestep_embedding
 from darkroom.networks.dit import DiT
 from darkroom.networks.mmdit import MMDiT
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
@@ -100,17 +99,16 @@ def _parts(first_stage: FirstStage | None) -> Parts:
     def transformer(**options: Any) -> TextTransformer:
         return TextTransformer(TextTransformerConfig(**options))
 
-    text: dict[str, Any] = {"transformer": transformer, "towers": TEXT_TOWERS, "embed_number": timestep_embedding}
     if first_stage is None:
-        return Parts(**text)
+        return Parts(transformer=transformer, towers=TEXT_TOWERS)
 
     @torch.no_grad()
     def encode(image: Tensor, normalised: bool) -> Tensor:
         latent = first_stage.encode(image.to(first_stage.device)).mode().float()
         return latent if normalised else first_stage.denormalise(latent)
 
-    factor, channels = first_stage.downsampling, first_stage.latent_channels
-    return Parts(encode, factor, channels, first_stage.image_channels, **text)
+    sizes = first_stage.downsampling, first_stage.latent_channels, first_stage.image_channels
+    return Parts(encode, *sizes, transformer, TEXT_TOWERS)
 
 
 def build_conditioner(config: Mapping[str, Any], first_stage: FirstStage | None = None) -> Conditioner:

@@ -26,6 +26,7 @@ from darkroom.conditioning.requests import (
     read_conditions,
     record_conditions,
 )
+from darkroom.conditioning.tokens import plain_text, plain_texts
 from darkroom.conditioning.types import Conditioning
 from darkroom.config import nearest
 from darkroom.denoiser import Denoiser
@@ -46,6 +47,7 @@ class Request:
     """What to generate. None takes the model's own default (`LatentDiffusion.defaults`).
 
     Lists of prompts (or class labels) and seeds have equal lengths, or one of them has a single entry for all images.
+    A prompt is a string, or the token ids of one: [49406, ...]; by tower where there are two vocabularies.
     `size` is (width, height) in pixels; `class_labels` are names or indices. `eta` is the share of fresh noise per
     step, for solvers that draw noise. `conditions`: what else the model takes, by field (`boxes`, `segmentation`, ...):
     one value per image, or one for all. `noise_level`: for models that were trained with noise on a condition.
@@ -54,7 +56,7 @@ class Request:
     high in sigma/alpha, outside of which there is none. `guidance_rescale`: see `guidance.combine`.
     """
 
-    prompts: list[str] | None = None
+    prompts: list[Any] | None = None
     class_labels: list[str | int] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     steps: int | None = None
@@ -62,7 +64,7 @@ class Request:
     solver: str | None = None
     eta: float | None = None
     size: tuple[int, int] | None = None
-    negative_prompt: str | None = None
+    negative_prompt: Any = None
     batch_size: int | None = None
     conditions: dict[str, Any] | None = None
     noise_level: int | None = None
@@ -129,7 +131,7 @@ class LatentDiffusion(nn.Module):
 
     def generate(
         self,
-        prompt: str | Sequence[str] | Request | None = None,
+        prompt: str | Sequence[Any] | Tensor | Request | None = None,
         *,
         class_label: str | int | Sequence[str | int] | None = None,
         seed: int | Sequence[int] = 0,
@@ -138,7 +140,7 @@ class LatentDiffusion(nn.Module):
         solver: str | None = None,
         eta: float | None = None,
         size: tuple[int, int] | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: Any = None,
         batch_size: int | None = None,
         noise_level: int | None = None,
         guidance: Mapping[str, float] | None = None,
@@ -152,6 +154,7 @@ class LatentDiffusion(nn.Module):
     ) -> Result:
         """Images from prompts, class labels, other conditions, or nothing (an unconditional model).
 
+        A prompt may be token ids, for models whose vocabulary is not at hand; see `docs/text.md`.
         `conditions`: what else the model takes, by field: boxes=[("fox", 0.1, 0.2, 0.5, 0.9)], segmentation=an array of
         class ids, low_resolution=a picture, image= and repaint_mask=, depth=, ... A list has one entry per image.
 
@@ -165,7 +168,7 @@ class LatentDiffusion(nn.Module):
             request = prompt
         else:
             request = Request(
-                prompts=[prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt),
+                prompts=plain_texts(prompt),
                 class_labels=_as_list(class_label),
                 seeds=[seed] if isinstance(seed, int) else list(seed),
                 steps=steps,
@@ -239,7 +242,8 @@ class LatentDiffusion(nn.Module):
             labels = [encoder.from_request("class_label", label, request.size) for label in request.class_labels]
         return replace(
             request,
-            prompts=spread("prompts", request.prompts),
+            prompts=spread("prompts", plain_texts(request.prompts)),
+            negative_prompt=plain_text(request.negative_prompt),
             class_labels=spread("classes", labels),
             seeds=spread("seeds", request.seeds) or [],
             conditions={name: spread(name, values) for name, values in conditions.items()} or None,
@@ -432,8 +436,14 @@ class LatentDiffusion(nn.Module):
         return self._encode(batch, request, part, absent)
 
     def _batch(self, request: Request, part: slice) -> dict[str, Any]:
-        """Every field of the conditioner for some images; None where nothing was given."""
-        given = {"text": request.prompts, "class_label": request.class_labels, **(request.conditions or {})}
+        """Every field of the conditioner for some images; None where nothing was given and nothing follows from the
+        images' size."""
+        assert request.size is not None
+        given: dict[str, Any] = {"text": request.prompts, "class_label": request.class_labels}
+        given |= request.conditions or {}
+        for encoder in encoders_of(self.conditioner):
+            if given.get(encoder.field) is None and (follows := encoder.from_size(request.size)) is not None:
+                given[encoder.field] = [follows] * len(request.seeds)
         values = {field: given.get(field) for field in self.conditioner.fields}
         return {field: None if value is None else collate_values(value[part]) for field, value in values.items()}
 

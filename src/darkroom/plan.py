@@ -32,6 +32,7 @@ from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import nearest_sizes
 from darkroom.first_stage.first_stage import FirstStage
+from darkroom.interop.text_towers import find_weights as find_text_weights
 from darkroom.model_io import load_first_stage
 from darkroom.training.denoiser_step import DenoiserStep
 from darkroom.training.first_stage_step import FirstStageStep, FirstStageTrainConfig
@@ -233,6 +234,8 @@ class Planner:
         if train is not None and self.first_stage is not None:
             self._forward(FirstStageStep(self.first_stage.trainable, train.objective), one)
         if self.recipe.steps > 0:
+            if self.recipe.init_from is None:  # such a model brings its text towers along
+                find_text_weights(self.conditioner)
             self._forward(DenoiserStep(self.denoiser, self.conditioner, self.first_stage, self.recipe.objective), one)
 
     def _forward(self, step: FirstStageStep | DenoiserStep, config: LoopConfig) -> None:
@@ -251,6 +254,8 @@ class Planner:
         shape: tuple[int, ...] = (self.recipe.data.channels, height, width)
         example = self.data[0]
         fields = [f for f in self.conditioner.fields if f in example and f != "image"]
+        if self.recipe.init_from is not None and "text" in fields:
+            example = {**example, "text": None}  # the vocabulary comes with that model; nothing needs none
         batches = _RandomBatches(shape, config.batch_size, {f: example[f] for f in fields})
         if isinstance(step, DenoiserStep) and self.first_stage is not None:
             f = self.first_stage.downsampling

@@ -36,9 +36,9 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
         values = request.get(name)
         return values[index if index is not None else 0] if values else None
 
-    lines = [own("prompts") or ""]
+    lines = [_words(own("prompts") or "")]
     if request.get("negative_prompt"):
-        lines.append(f"{_NEGATIVE} {request['negative_prompt']}")
+        lines.append(f"{_NEGATIVE} {_words(request['negative_prompt'])}")
     width, height = request.get("size") or (None, None)
     model = settings.get("model") or {}
     pairs = {
@@ -56,6 +56,11 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
     }
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
+
+
+def _words(text: Any) -> str:
+    """A text that was given as token ids is shown as they are."""
+    return text if isinstance(text, str) else json.dumps(text)
 
 
 def _quoted(value: Any) -> str:

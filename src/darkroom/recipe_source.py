@@ -205,14 +205,21 @@ def _parts_of_model(path: str) -> dict[str, Any]:
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(f"--init-from {path}: holds only a first stage; use --first-stage {path}")
     config: Any = model.conditioner.config_dict
-    encoders = {
-        name: {k: v for k, v in entry.items() if k != "tokenizer"} for name, entry in config.get("encoders", {}).items()
-    }
+    encoders = _without_vocabularies(config.get("encoders", {}))
     return {
         "denoiser": model.denoiser.config_dict,
         "conditioner": encoders,
         "first_stage": {} if model.first_stage is None else {"path": path},
         "init_from": path,
+    }
+
+
+def _without_vocabularies(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Vocabularies are large, and the model itself is asked for them."""
+    return {
+        name: _without_vocabularies(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name != "tokenizer"
     }
 
 

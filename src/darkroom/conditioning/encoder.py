@@ -69,7 +69,6 @@ class Parts:
     latent_channels, image_channels: E and C. None without a first stage: the config must then say what it needs
     transformer:     makes the text tower of the paper from the options of `networks.text.TextTransformerConfig`
     towers:          by family, makes a published text tower from the name of a size and options that differ from it
-    embed_number:    numbers (B,) -> (B, width): their sines and cosines, as times are embedded
     """
 
     encode: Callable[[Tensor, bool], Tensor] | None = None
@@ -78,7 +77,6 @@ class Parts:
     image_channels: int | None = None
     transformer: Callable[..., nn.Module] | None = None
     towers: Mapping[str, Callable[[str, Mapping[str, Any]], nn.Module]] = field(default_factory=dict)
-    embed_number: Callable[[Tensor, int], Tensor] | None = None
 
     def needed_encode(self, kind: str) -> Callable[[Tensor, bool], Tensor]:
         if self.encode is None:
@@ -176,6 +174,11 @@ class ConditionEncoder(nn.Module, ABC):
         """What someone asked for one image of (width, height) -> one example's value of the field, as the data would
         give it. Raises DarkroomError for what cannot be."""
         return value
+
+    def from_size(self, size: tuple[int, int]) -> Any:
+        """One example's value where nobody gave one, if it follows from the (width, height) of the image that is asked
+        for; None: absent."""
+        return None
 
     def record(self, field: str, value: Any) -> Any:
         """That value as JSON, for the settings inside an image: tensors are known by their digest."""

@@ -9,6 +9,7 @@ from darkroom.conditioning.encoder import ConditionEncoder, EncoderConfig
 from darkroom.conditioning.layout import LayoutEncoder
 from darkroom.conditioning.maps import DepthEncoder, LowResolutionEncoder, MaskedImageEncoder
 from darkroom.conditioning.segmentation import SegmentationEncoder, SegmentationTokens
+from darkroom.conditioning.sizes import SizesEncoder
 from darkroom.conditioning.text import TextEncoder
 from darkroom.conditioning.text_towers import (
     ClipEncoder,
@@ -35,6 +36,7 @@ ENCODERS: dict[str, type[ConditionEncoder]] = {
     "t5": T5TextEncoder,
     "sdxl_text": SDXLTextEncoder,
     "sd3_text": SD3TextEncoder,
+    "sizes": SizesEncoder,
 }
 
 if TYPE_CHECKING:

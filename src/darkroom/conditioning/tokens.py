@@ -5,7 +5,7 @@ Shapes: B batch, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +65,24 @@ def without_padding(ids: Sequence[int] | Tensor, end: int) -> Tensor:
     """One text's ids up to its first end token."""
     row = torch.as_tensor(ids, dtype=torch.int64)
     return row[real_tokens(row[None], end)[0]]
+
+
+def plain_text(value: Any) -> Any:
+    """One text of a request: a string, token ids as a list, or such lists by tower; tensors become lists, so that the
+    settings inside an image can say it."""
+    if value is None or isinstance(value, str):
+        return value
+    if is_ids(value):
+        return [int(v) for v in value]
+    if isinstance(value, Mapping) and value and all(is_ids(ids) for ids in value.values()):
+        return {str(name): [int(v) for v in ids] for name, ids in value.items()}
+    raise DarkroomError(f"a text is a string or a list of token ids, not {value!r}")
+
+
+def plain_texts(value: Any) -> list[Any] | None:
+    """What someone gives as texts -> a list of them: one text, a list of texts, or ids (B, L)."""
+    if value is None:
+        return None
+    if isinstance(value, (str, Mapping)) or is_ids(value):
+        return [plain_text(value)]
+    return [plain_text(text) for text in value]

@@ -253,12 +253,13 @@ def _check_facts(tower: TextTower, found: FoundTower, name: str) -> None:
             )
 
 
-def fill(conditioner: Conditioner) -> list[str]:
-    """Read the published weights of all text towers of a conditioner that is about to be trained; says what was read.
+def find_weights(conditioner: Conditioner) -> list[tuple[str, TextTower, FoundTower]]:
+    """Where the published weights of a conditioner's text towers are: (name for people, tower, file). Nothing is read
+    but names and shapes, so that what is missing is found before long work.
 
     A tower that training does not change must have weights; one that it changes may begin from nothing.
     """
-    said = []
+    result = []
     for label, encoder in conditioner.encoders.items():
         if not isinstance(encoder, TextTowers):
             continue
@@ -266,12 +267,18 @@ def fill(conditioner: Conditioner) -> list[str]:
             assert isinstance(tower, TextTower)
             path = tower.config.weights or getattr(encoder.config, "weights", None)
             what = f'"conditioner.{label}"' if len(encoder.towers) == 1 else f'"conditioner.{label}.{name}"'
-            if path is None and not encoder.config.trainable:
+            if path is not None:
+                result.append((what, tower, choose(tower, what, find_towers(path), path)))
+            elif not encoder.config.trainable:
                 raise DarkroomError(
                     f"{what} keeps its published weights, but no file is named: set `weights`, or trainable: true"
                 )
-            if path is not None:
-                found = choose(tower, what, find_towers(path), path)
-                load_tower(tower, found, what)
-                said.append(f"{what}: {found.what} from {found.place}")
-    return said
+    return result
+
+
+def fill(conditioner: Conditioner) -> list[str]:
+    """Read those weights; says what was read."""
+    found = find_weights(conditioner)
+    for what, tower, file in found:
+        load_tower(tower, file, what)
+    return [f"{what}: {file.what} from {file.place}" for what, _, file in found]
