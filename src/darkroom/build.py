@@ -5,11 +5,11 @@ Every part remembers the plain dict it was built from as `part.config_dict`, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
@@ -22,14 +22,10 @@ from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder, IdentityConfig
 from darkroom.first_stage.preview import PreviewDecoder, PreviewDecoderConfig
-from darkroom.networks.dit import DiT
-from darkroom.networks.mmdit import MMDiT
+from darkroom.networks.kinds import make_network
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
 from darkroom.networks.text_towers import TEXT_TOWERS
-from darkroom.networks.unet import UNet
 from darkroom.pixel_format import PixelFormat
-
-NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 
 
 def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
@@ -81,7 +77,7 @@ def build_preview(
 def build_denoiser(config: Mapping[str, Any]) -> Denoiser:
     """A denoiser from the dict form of `DenoiserConfig`."""
     denoiser_config = from_dict(DenoiserConfig, config, "denoiser")
-    network = NETWORKS[denoiser_config.network.kind](denoiser_config.network)
+    network = make_network(denoiser_config.network)
     denoiser = Denoiser(
         network,
         make_schedule(denoiser_config.schedule),

@@ -25,8 +25,7 @@ from darkroom.diffusion.prediction import (
 )
 from darkroom.diffusion.schedules import DDPMSchedule, NoiseSchedule, ScheduleConfig
 from darkroom.errors import DarkroomError
-from darkroom.networks.dit import DiTConfig
-from darkroom.networks.mmdit import MMDiTConfig
+from darkroom.networks.kinds import AnyNetworkConfig
 from darkroom.networks.unet import UNetConfig
 
 
@@ -42,7 +41,7 @@ class DenoiserConfig:
         (`learn_sigma` of the official code; Nichol & Dhariwal 2021)
     """
 
-    network: UNetConfig | DiTConfig | MMDiTConfig = field(default_factory=UNetConfig)
+    network: AnyNetworkConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prediction_type: Literal["epsilon", "x0", "v", "velocity", "edm"] = "epsilon"
     sigma_data: float | None = None
