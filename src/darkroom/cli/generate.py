@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from darkroom.cli.conditions import condition_options, given_files
 from darkroom.errors import DarkroomError
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class SeedsCommand(click.Command):
 @click.option("--width", type=click.IntRange(1, MAX_SIDE), help="Pixels. [default: the model's size]")
 @click.option("--height", type=click.IntRange(1, MAX_SIDE), help="Pixels. [default: the model's size]")
 @click.option("--negative-prompt", help="What the images should not be like.")
+@condition_options
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time: more needs more memory.")
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Repeat the batch recorded in this PNG.")
 @click.option("--grid", is_flag=True, help="All images in one PNG instead of one file each.")
@@ -124,13 +126,15 @@ def generate(**options: Any) -> None:
     \b
       darkroom generate "a red fox" "a snail" --seed 0..3 --grid -o grid.png
       darkroom generate -m runs/clothes --class T-Shirt --count 8
+      darkroom generate -m runs/mixed "a red circle" --boxes layout.json
       darkroom generate --from generated/0000-seed0-a-red-fox.png -o again.png
     """
     for name, value in options.items():
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
                 raise DarkroomError(f"{name.replace('_', ' ')}: these bytes are not UTF-8 text")
-    given = Given(**{name: value for name, value in options.items() if name in Given.__dataclass_fields__})
+    known = {name: value for name, value in options.items() if name in Given.__dataclass_fields__}
+    given = Given(**known, files=given_files(options))
     if options["source"] is not None:
         _repeat(given, options["source"])
     else:
@@ -157,6 +161,8 @@ class Given:
     width: int | None
     height: int | None
     negative_prompt: str | None
+    noise_level: int | None
+    files: dict[str, Path]  # conditions, by field
     batch_size: int | None
     grid: bool
     output: Path | None
@@ -178,12 +184,14 @@ def _generate(given: Given) -> None:
     target = Target.choose(given.output, given.grid)
     preview = _preview_file(given.preview)
 
+    from darkroom.cli.conditions import read_files
     from darkroom.latent_diffusion import Request
 
     model = _load(given)
     target = target.fitted(model)
     subjects = given.prompts or given.classes
-    width, height = model.defaults["size"]
+    size = _size(given, model)
+    conditions = read_files(model, given.files, size)
     request = Request(
         prompts=[prompt for prompt in given.prompts for _ in seeds] or None,
         class_labels=[name for name in given.classes for _ in seeds] or None,
@@ -195,18 +203,30 @@ def _generate(given: Given) -> None:
         guidance_rescale=given.guidance_rescale or 0.0,
         solver=given.solver,
         eta=given.eta,
-        size=(given.width or width, given.height or height),
+        size=size,
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
+        conditions=conditions or None,
+        noise_level=given.noise_level,
     )
     _make(model, request, target, given, preview=preview)
+
+
+def _size(given: Given, model: LatentDiffusion) -> tuple[int, int]:
+    """(width, height): what was typed, else what a given picture says, else the model's."""
+    from darkroom.cli.conditions import natural_size
+
+    typed = given.width is not None or given.height is not None
+    natural = None if typed else natural_size(model, given.files)
+    width, height = natural or model.defaults["size"]
+    return given.width or width, given.height or height
 
 
 def _repeat(given: Given, source: Path) -> None:
     """Make the recorded batch again. What would change the pictures cannot be combined with it."""
     fixed = (
         *("prompts", "classes", "seeds", "count", "steps", "cfg_scale", "solver", "eta", "width", "height"),
-        *("guidances", "guidance_interval", "guidance_rescale", "negative_prompt", "batch_size"),
+        *("guidances", "guidance_interval", "guidance_rescale", "negative_prompt", "batch_size", "noise_level"),
     )
     for name in fixed:
         if getattr(given, name) not in (None, ()):
@@ -224,6 +244,7 @@ def _repeat(given: Given, source: Path) -> None:
     import torch
 
     from darkroom import __version__
+    from darkroom.cli.conditions import recorded_conditions
     from darkroom.config import from_dict
     from darkroom.latent_diffusion import Request
 
@@ -241,6 +262,8 @@ def _repeat(given: Given, source: Path) -> None:
         given = replace(given, guide=_recorded_model(source, recorded_guide, "--guide"))
     model = _load(given)
     target = target.fitted(model)
+    size = request.size or model.defaults["size"]
+    request = replace(request, conditions=recorded_conditions(model, request.conditions, given.files, size))
     for what, then, now in (
         ("model", recorded.get("sha256"), model.info.get("sha256")),
         ("Darkroom", record.get("version"), __version__),
