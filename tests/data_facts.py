@@ -14,6 +14,7 @@ class Facts:
     box_names: list[str] = field(default_factory=list)
     map_names: list[str] = field(default_factory=list)
     low_resolution_factor: int | None = None
+    size: tuple[int, int] = (64, 64)
 
     def captions(self) -> list[str]:
         return self.texts

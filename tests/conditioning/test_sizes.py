@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from data_facts import Facts
 
+from darkroom.conditioning.classes import ClassEncoder, ClassEncoderConfig
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.sizes import SizesEncoder, SizesEncoderConfig
 from darkroom.errors import DarkroomError
@@ -33,7 +35,16 @@ def test_equals_diffusers() -> None:
 def test_absent_sizes_are_those_of_a_whole_picture() -> None:
     encoder = sizes(size=(96, 64))
     assert encoder.stays and encoder.from_size((96, 64)).tolist() == [64, 96, 0, 0, 64, 96]
-    assert torch.equal(encoder.null(2).vector, encoder.encode([[64, 96, 0, 0, 64, 96]] * 2).vector)
+    expected = encoder.encode([[64, 96, 0, 0, 64, 96]] * 2).vector
+    assert torch.equal(encoder.null(2).vector, expected)
+    # Data that does not know them: beside another condition, which tells how many examples there are.
+    conditioner = Conditioner({"class": ClassEncoder(ClassEncoderConfig(classes=["a"], width=4)), "sizes": encoder})
+    assert torch.equal(conditioner({"class_label": torch.tensor([0, 0])}).vector, expected)
+    assert torch.equal(Conditioner({"sizes": encoder})({"moments": torch.zeros(2, 1)}).vector, expected)
+    with pytest.raises(DarkroomError, match="reads the field 'class_label'"):
+        conditioner({"text": ["a"]})
+    assert SizesEncoderConfig().completed("sizes", Facts(size=(96, 64))).size == (96, 64)
+    assert SizesEncoderConfig(size=(8, 8)).completed("sizes", Facts(size=(96, 64))).size == (8, 8)
 
 
 def test_errors() -> None:

@@ -76,7 +76,7 @@ class Conditioner(nn.Module):
         """
         for name, encoder in self._items():
             for field in encoder.fields:
-                if field not in batch:
+                if field not in batch and not encoder.optional:
                     raise DarkroomError(
                         f"conditioner: the encoder {name!r} reads the field {field!r}, but the data has "
                         f"{', '.join(sorted(batch))}; add it to the data or remove the encoder"
@@ -107,6 +107,8 @@ class Conditioner(nn.Module):
 
     def _batch_size(self, batch: Mapping[str, Any]) -> int:
         sizes = {field: len(batch[field]) for field in self.fields if batch.get(field) is not None}
+        if not sizes:  # conditions that data may lack
+            sizes = {name: len(batch[name]) for name in ("image", "moments") if batch.get(name) is not None}
         if len(set(sizes.values())) > 1:
             raise DarkroomError(f"conditioner: fields of one batch differ in length: {sizes}")
         if self.fields and not sizes:

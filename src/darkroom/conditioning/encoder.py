@@ -31,6 +31,8 @@ class DataFacts(Protocol):
     def map_names(self) -> Sequence[str]: ...
     @property
     def low_resolution_factor(self) -> int | None: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
     def captions(self) -> Sequence[str]: ...
 
 
@@ -126,6 +128,11 @@ class ConditionEncoder(nn.Module, ABC):
         """Whether guidance has this condition on both sides: a map that training never dropped has no null that the
         network knows. So it is in the official inpainting, depth and upscaling models."""
         return "concat" in self.widths and self.drop_rate == 0
+
+    @property
+    def optional(self) -> bool:
+        """Whether data may lack the field: its null then says all that is known."""
+        return False
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -8,14 +8,14 @@ Shapes: B batch, K numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from darkroom.conditioning.augmentation import level_embedding
-from darkroom.conditioning.encoder import ConditionEncoder, EncoderConfig
+from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
 
@@ -28,7 +28,7 @@ class SizesEncoderConfig(EncoderConfig):
     """parts: what the numbers tell, in order; sizes are (height, width), crops (top, left), in pixels. The refiner of
            SDXL has original_size, crop and aesthetic_score
     width: of the embedding of one number
-    size:  (width, height) that pictures have where nothing is known of them
+    size:  (width, height) that pictures have where nothing is known of them; null: that of the data
     score: the aesthetic score that is then asked for
     """
 
@@ -37,13 +37,16 @@ class SizesEncoderConfig(EncoderConfig):
     drop_rate: float = 0.0
     parts: tuple[Part, ...] = ("original_size", "crop", "target_size")
     width: int = 256
-    size: tuple[int, int] = (1024, 1024)
+    size: tuple[int, int] | None = None
     score: float = 6.0
+
+    def completed(self, name: str, data: DataFacts) -> Self:
+        return self if self.size is not None else replace(self, size=data.size)
 
 
 class SizesEncoder(ConditionEncoder):
     """Numbers (B, K) -> `vector` (B, K * width). It has no absence: guidance has the same sizes on both sides, those of
-    the image that is made unless others are asked for."""
+    the image that is made unless others are asked for. Data without this field has whole pictures of its own size."""
 
     config_class = SizesEncoderConfig
 
@@ -55,6 +58,10 @@ class SizesEncoder(ConditionEncoder):
         self.count = sum(NUMBERS[part] for part in config.parts)
         super().__init__(config.field, {"vector": self.count * config.width}, config.drop_rate, config.guidance_scale)
         self.config = config
+
+    @property
+    def optional(self) -> bool:
+        return True
 
     @property
     def stays(self) -> bool:
@@ -69,7 +76,7 @@ class SizesEncoder(ConditionEncoder):
 
     def null(self, batch_size: int) -> Conditioning:
         """Those of a whole picture of the config's size."""
-        return self.encode(self.from_size(self.config.size).expand(batch_size, -1))
+        return self.encode(self.from_size(self.config.size or (1024, 1024)).expand(batch_size, -1))
 
     def from_size(self, size: tuple[int, int]) -> Tensor:
         """(K,): of a picture that always had this (width, height)."""
