@@ -49,10 +49,10 @@ class NormalisedLaplacianDistance(nn.Module):
 class LocalContrastDistance(nn.Module):
     """(B, C, H, W) twice, in [-1, 1] -> (B,): how far the local contrasts lie apart, wherever the details lie.
 
-    The local contrast of a band is the root mean square of its values around a pixel: the standard deviation that the
-    contrast term of SSIM compares (Wang et al. 2004, eq. 9), taken per octave. A mean square error is least where an
-    unsure decoder paints the average of all it deems possible, which is a blur; this distance then is large, and it is
-    small for grain that differs from the original in its phase only.
+    The local contrast of a band is the root mean square of its values in a neighbourhood of about ten of its pixels:
+    the standard deviation that the contrast term of SSIM compares (Wang et al. 2004, eq. 9), taken per octave. A mean
+    square error is least where an unsure decoder paints the average of all it deems possible, which is a blur; this
+    distance then is large, and it is small for grain that differs from the original in its phase only.
     """
 
     def __init__(self, levels: int = 4) -> None:
@@ -64,7 +64,8 @@ class LocalContrastDistance(nn.Module):
             dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
             distances = []
             for band in laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels)[:-1]:
-                contrast = (_apply(_blur_matrix, band.square()) + INVISIBLE**2).sqrt()
+                energy = _apply(_reduce_matrix, _apply(_reduce_matrix, band.square()))
+                contrast = (energy + INVISIBLE**2).sqrt()
                 distances.append(_rms_difference(*contrast.view(2, image.shape[0], -1)))
             return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
 
