@@ -118,10 +118,11 @@ def test_losses_of_the_official_checkpoints(name: str, field: str) -> None:
     x0, noise = case.input("z_t"), case.input("noise")
     level = tiny.denoiser.schedule.level(case.input("t"))
     case.check("q_sample", add_noise(x0, noise, level))
-    expected = case.output("loss_l2")
-    for weighting, key in (("uniform", "val/loss_simple"), ("vlb", "val/loss_vlb")):
-        config = ObjectiveConfig(loss_weighting=weighting)  # type: ignore[arg-type]
-        loss = denoising_loss(tiny.denoiser, x0, noise, level, conditioning, config)
-        assert float(loss.mean()) == pytest.approx(expected[key], rel=1e-4)
+    for loss_type in ("l2", "l1"):
+        expected = case.output(f"loss_{loss_type}")
+        for weighting, key in (("uniform", "val/loss_simple"), ("vlb", "val/loss_vlb")):
+            config = ObjectiveConfig(loss_weighting=weighting, loss_type=loss_type)  # type: ignore[arg-type]
+            loss = denoising_loss(tiny.denoiser, x0, noise, level, conditioning, config)
+            assert float(loss.mean()) == pytest.approx(expected[key], rel=1e-4)
     raw = tiny.denoiser.predict(x0, level, conditioning).raw
     case.check("model_output", raw)

@@ -35,6 +35,8 @@ from darkroom.errors import DarkroomError
 class ObjectiveConfig(TimeSamplingConfig):
     """Which times are trained on (see `TimeSamplingConfig`) and how much each level counts (see `loss_weight`).
 
+    loss_type: the error of the raw output: "l2" squared, or "l1" absolute (some models of the paper).
+
     Denoisers with a learned variance are trained on L_hybrid = L_simple + vlb_weight * L_vlb, in which L_vlb reaches
     the variance alone (Nichol & Dhariwal 2021, eq. 16); with `loss_weighting: vlb` on L_vlb itself.
 
@@ -42,6 +44,7 @@ class ObjectiveConfig(TimeSamplingConfig):
         which is right for latents.
     """
 
+    loss_type: Literal["l2", "l1"] = "l2"
     loss_weighting: Literal["uniform", "x0", "snr", "min_snr", "edm", "vlb"] = "uniform"
     min_snr_gamma: float = 5.0
     vlb_weight: float = 0.001
@@ -56,8 +59,8 @@ def denoising_loss(
     conditioning: Conditioning | None,
     config: ObjectiveConfig,
 ) -> Tensor:
-    """(B,): weight(level) * mean over C, H, W of (raw - target)^2; Rombach et al. 2022, eq. 1-3. With a learned
-    variance the bound is added, or is the loss; see `ObjectiveConfig`.
+    """(B,): weight(level) * mean over C, H, W of (raw - target)^2, or of its absolute value; Rombach et al. 2022, eq.
+    1-3. With a learned variance the bound is added, or is the loss; see `ObjectiveConfig`.
 
     x0, noise: (B, C, H, W) normalised latents and standard normal noise; level: (B,).
     """
@@ -68,7 +71,9 @@ def denoising_loss(
     if denoiser.learned_variance and config.loss_weighting == "vlb":
         return count * bound_term(denoiser, prediction.x0, prediction, x0, x, level, config.likelihood_bins)
     target = denoiser.target(x0, noise, level).to(prediction.raw.dtype)
-    loss = _weighted(denoiser, mean_per_image((prediction.raw - target).square()), level, config)
+    difference = prediction.raw - target
+    error = difference.abs() if config.loss_type == "l1" else difference.square()
+    loss = _weighted(denoiser, mean_per_image(error), level, config)
     if denoiser.learned_variance:
         fixed = prediction.x0.detach()
         bound = bound_term(denoiser, fixed, prediction, x0, x, level, config.likelihood_bins)

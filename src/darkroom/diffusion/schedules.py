@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from darkroom.diffusion.levels import NoiseLevel
 from darkroom.errors import DarkroomError
+
+# Of every table, also where the default device is another: networks are built on the meta device.
+TABLE: Any = {"dtype": torch.float64, "device": "cpu"}
 
 SCHEDULE_KINDS = ("ldm", "linear", "sqrt", "cosine", "flow", "edm")
 
@@ -99,12 +102,12 @@ def _betas(config: ScheduleConfig) -> Tensor:
     """(T,) float64. LDM's `make_beta_schedule`; its "linear" is our `ldm`, its "sqrt_linear" our `linear`."""
     start, end, count = config.beta_start, config.beta_end, config.timesteps
     if config.kind == "ldm":
-        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+        return torch.linspace(start**0.5, end**0.5, count, **TABLE) ** 2
     if config.kind == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float64)
+        return torch.linspace(start, end, count, **TABLE)
     if config.kind == "sqrt":
-        return torch.linspace(start, end, count, dtype=torch.float64).sqrt()
-    steps = torch.arange(count + 1, dtype=torch.float64) / count + config.cosine_offset
+        return torch.linspace(start, end, count, **TABLE).sqrt()
+    steps = torch.arange(count + 1, **TABLE) / count + config.cosine_offset
     cumulative = torch.cos(steps / (1 + config.cosine_offset) * math.pi / 2) ** 2
     return (1 - cumulative[1:] / cumulative[:-1]).clamp(0, 0.999)
 
@@ -128,11 +131,11 @@ class DDPMSchedule(NoiseSchedule):
             root = alphas_cumprod.sqrt()
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
             alphas_cumprod = root**2
-            betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+            betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, **TABLE), alphas_cumprod[:-1]])
         self.betas = betas
         self.alphas_cumprod = alphas_cumprod
         # Entry k of these tables belongs to time k - 1: the clean level is the first.
-        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        one, zero = torch.ones(1, **TABLE), torch.zeros(1, **TABLE)
         self._alpha = torch.cat([one, alphas_cumprod.sqrt()])
         self._sigma = torch.cat([zero, (1 - alphas_cumprod).sqrt()])
         self._half_log_snr = torch.log(self._alpha) - torch.log(self._sigma)
@@ -184,7 +187,7 @@ class DDPMSchedule(NoiseSchedule):
         posterior_mix: LDM's `v_posterior`: 0 gives the variance beta-tilde, 1 gives beta.
         """
         betas, cumulative = self.betas, self.alphas_cumprod
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), cumulative[:-1]])
+        previous = torch.cat([torch.ones(1, **TABLE), cumulative[:-1]])
         variance = (1 - posterior_mix) * betas * (1 - previous) / (1 - cumulative) + posterior_mix * betas
         tables = {
             "betas": betas,
@@ -274,7 +277,7 @@ class EDMSchedule(NoiseSchedule):
 
     def clean(self) -> NoiseLevel:
         # log(0)/4 is not a number a network could take: the time of a far smaller sigma stands for it.
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), **TABLE)
         return NoiseLevel(zero + 1, zero, zero + math.log(self.config.sigma_min * 1e-6) / 4)
 
 
