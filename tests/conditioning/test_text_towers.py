@@ -3,6 +3,7 @@ token ids, what stands for no text, what is trained, and what is said where a vo
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from darkroom.errors import DarkroomError
 from darkroom.interop.text_towers import open_clip_from_clip
 
 TEXTS = ["the red fox", "a cat sleeping in the box, " * 9, ""]
-NONE = {"drop_rate": 0.0}
+SMALL_SD3 = {"clip_l": {"network": CLIP_L}, "clip_g": {"network": {**CLIP_G, "pad_token_id": 0}}, "t5": {"network": T5}}
 
 
 @pytest.fixture(autouse=True)
@@ -230,13 +231,33 @@ def test_ids_stand_for_text_without_any_vocabulary(monkeypatch: Any) -> None:
         t5.encode(["the"])
 
 
-def test_a_vocabulary_can_be_given_later_and_is_kept(vocabularies: Path, monkeypatch: Any) -> None:
+def test_a_vocabulary_can_be_given_later_and_is_kept(vocabularies: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv(VOCABULARIES)
-    ours = encoder(kind="clip", network=CLIP_L, length=9)
-    ours.set_vocabulary(vocabularies / "clip")
-    ours.ready()
-    assert ours.towers.tower.tokens(["the red"])[0][0, :4].tolist() == [SIZE - 2, 513, 515, SIZE - 1]
-    assert ours.config.tokenizer is not None
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    small = {"width": 8, "depth": 1, "heads": 1, "head_width": 8, "length": 4}
+    conditioner = build_conditioner({"encoders": {"text": {"kind": "sd3_text", **SMALL_SD3}}}).eval()
+    with pytest.raises(DarkroomError, match='no text tower that reads the vocabulary "bert"'):
+        conditioner.set_vocabulary(tmp_path, "bert")
+    conditioner.set_vocabulary(vocabularies / "clip")
+    with pytest.raises(DarkroomError, match="T5's vocabulary"):
+        conditioner({"text": ["the red fox"]})
+    conditioner.set_vocabulary(vocabularies / "t5" / "tokenizer.json", "t5")
+    expected = conditioner({"text": ["the red fox"]})
+    again = build_conditioner(json.loads(json.dumps(conditioner.config_dict)))  # as a model folder keeps it
+    again.load_state_dict(conditioner.state_dict())
+    assert torch.equal(again({"text": ["the red fox"]}).context, expected.context)
+
+    own = build_conditioner(
+        {"encoders": {"own": {"kind": "text", "vocabulary": "bert", "vocabulary_size": 5, **small}}}
+    )
+    own.set_vocabulary(tmp_path, "bert")
+    kept = build_conditioner(own.config_dict)
+    kept.load_state_dict(own.state_dict())
+    assert torch.equal(kept({"text": ["RED"]}).context, own({"text": ["RED"]}).context)
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, "one", "more"]))
+    with pytest.raises(DarkroomError, match="7 tokens, but the tower was built for 5"):
+        own.set_vocabulary(tmp_path, "bert")
 
 
 def test_wrong_ids() -> None:
@@ -263,8 +284,7 @@ def test_ids_of_several_towers() -> None:
     exact = {name: tower.tokens(["the red fox"])[0][0] for name, tower in xl.towers.items()}
     assert torch.equal(xl.encode([exact]).context, text.context)
 
-    small = {"clip_l": {"network": CLIP_L}, "clip_g": {"network": {**CLIP_G, "pad_token_id": 0}}, "t5": {"network": T5}}
-    sd3 = encoder(kind="sd3_text", **small)
+    sd3 = encoder(kind="sd3_text", **SMALL_SD3)
     both = {"clip": ids, "t5": sd3.towers.t5.tokens(["the red fox"])[0][0]}
     assert torch.equal(sd3.encode([both]).context, sd3.encode(["the red fox"]).context)
     with pytest.raises(DarkroomError, match=r"\{\"clip\": \[\.\.\.\], \"t5\""):

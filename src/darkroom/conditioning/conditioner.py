@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, D width, C channels.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from darkroom.conditioning.encoder import ConditionEncoder, batch_values
 from darkroom.conditioning.types import Conditioning
+from darkroom.config import merge as merge_settings
 from darkroom.errors import DarkroomError
 
 
@@ -95,6 +97,16 @@ class Conditioner(nn.Module):
                 encoder.encode(values) if keep is None or bool(keep.all()) else encoder.encode_kept(values, keep)
             )
         return self._merged(parts)
+
+    def set_vocabulary(self, path: str | Path, family: str = "clip") -> None:
+        """Give the text towers of a family ("clip", which OpenCLIP shares; "t5"; "bert") their vocabulary, from a
+        folder with its files or from one of them. A model that is saved then keeps it."""
+        changes = {name: encoder.set_vocabulary(path, family) for name, encoder in self._items()}
+        if not any(changes.values()):
+            raise DarkroomError(f'this model has no text tower that reads the vocabulary "{family}"')
+        if isinstance(config := getattr(self, "config_dict", None), dict):
+            present = {"encoders": {name: change for name, change in changes.items() if change}}
+            self.config_dict = merge_settings(config, present)
 
     def null(self, batch_size: int) -> Conditioning:
         """Every condition absent."""

@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -163,6 +164,10 @@ class ConditionEncoder(nn.Module, ABC):
 
     def ready(self) -> None:
         """Raise DarkroomError if values cannot be encoded, as for want of a vocabulary: asked before long work."""
+
+    def set_vocabulary(self, path: str | Path, family: str) -> dict[str, Any]:
+        """Read the vocabulary of a family of text towers, if it has such a tower; what changes in its config."""
+        return {}
 
     def augment(self, values: Any, generator: torch.Generator) -> Any:
         """What training adds to the values before they are encoded, such as noise, drawn from the generator."""

@@ -157,11 +157,29 @@ class TextEncoder(ConditionEncoder):
                 raise missing_vocabulary("bert", "`vocabulary`")
             self.tokenizer = WordPieceTokenizer.from_json(read_vocabulary(published, "bert").to_str())
 
+    def set_vocabulary(self, path: str | Path, family: str) -> dict[str, Any]:
+        if family != "bert":
+            return {}
+        text = read_vocabulary(path, family).to_str()
+        tokenizer, size = WordPieceTokenizer.from_json(text), self._size
+        if tokenizer.vocabulary_size > size:
+            raise DarkroomError(
+                f"the vocabulary has {tokenizer.vocabulary_size} tokens, but the tower was built for {size}; give the "
+                "one that it was trained with"
+            )
+        self.tokenizer = tokenizer
+        return {"tokenizer": text}
+
+    @property
+    def _size(self) -> int:
+        """Ids are below this; towers of other kinds do not say."""
+        return int(getattr(getattr(self.tower, "config", None), "vocabulary_size", 2**31))
+
     def tokens(self, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """B texts -> ids (B, L) int64, mask (B, L) bool: True at everything but padding."""
-        special, size = self.special, int(getattr(getattr(self.tower, "config", None), "vocabulary_size", 2**31))
+        special = self.special
         rows = [value if is_ids(value) else self._ids_of(value, special) for value in values]
-        ids = pad_rows(rows, self.length, special.pad, size)
+        ids = pad_rows(rows, self.length, special.pad, self._size)
         return ids, real_tokens(ids, special.end)
 
     def _ids_of(self, text: Any, special: SpecialIds) -> Sequence[int] | Tensor:

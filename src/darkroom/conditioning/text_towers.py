@@ -23,6 +23,7 @@ from darkroom.conditioning import vocabularies
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
 from darkroom.conditioning.tokens import SpecialIds, is_ids, pad_rows, real_tokens, text_body, without_padding
 from darkroom.conditioning.types import Conditioning
+from darkroom.config import to_dict
 from darkroom.errors import DarkroomError
 
 Pool = Literal["none", "plain", "projected"]
@@ -227,10 +228,10 @@ class TextTowers(ConditionEncoder):
         widest = max(sum(towers[name].width for name in row) for row in rows)
         if width is not None and width < widest:
             raise DarkroomError(f"text: the towers are {widest} wide, more than the width of {width}")
-        self_widths = {"context": width or widest}
+        widths = {"context": width or widest}
         if pooled:
-            self_widths["vector"] = sum(towers[name].pooled_width for name in pooled)
-        super().__init__(config.field, self_widths, config.drop_rate, config.guidance_scale)
+            widths["vector"] = sum(towers[name].pooled_width for name in pooled)
+        super().__init__(config.field, widths, config.drop_rate, config.guidance_scale)
         for row in rows:
             lengths = {towers[name].config.length for name in row}
             if len(lengths) > 1:
@@ -251,13 +252,13 @@ class TextTowers(ConditionEncoder):
         for tower in self._towers().values():
             _ = tower.tokenizer
 
-    def set_vocabulary(self, path: str | Path, family: str = "clip") -> None:
-        """Read a vocabulary ("clip", "t5") from its folder or file; the model keeps it when it is saved."""
-        tokenizer = vocabularies.read_vocabulary(path, family)
-        for tower in self._towers().values():
-            if VOCABULARY[tower.use.family] == family:
-                tower.config.tokenizer, tower._found = tokenizer.to_str(), None
-                _ = tower.tokenizer
+    def set_vocabulary(self, path: str | Path, family: str) -> dict[str, Any]:
+        concerned = [tower for tower in self._towers().values() if VOCABULARY[tower.use.family] == family]
+        text = vocabularies.read_vocabulary(path, family).to_str() if concerned else None
+        for tower in concerned:
+            tower.config.tokenizer, tower._found = text, None
+            _ = tower.tokenizer
+        return to_dict(self.config) if concerned else {}  # the towers' configs are parts of it
 
     def _for_tower(self, values: Sequence[Any], name: str, tower: TextTower) -> list[Any]:
         """Each example's text as this tower takes it."""
