@@ -71,6 +71,7 @@ MILLIONS = {
     "sd-v2-inpainting": 865.93,
     "sd-v2-depth": 865.91,
     "sd-v2-x4-upscaler": 473.40,
+    "sdxl-base": 2567.46,
     "dit-xl-2": 674.83,
     "sd3-medium": 2028.33,
     "sd3.5-medium": 2243.17,
