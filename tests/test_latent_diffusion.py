@@ -300,3 +300,9 @@ def test_a_learned_variance_is_half_of_the_channels() -> None:
     learned = LatentDiffusion(model.first_stage, denoiser, model.conditioner, model.info)
     assert learned.latent_channels == 4
     assert learned.generate(seed=[1, 2], steps=2, solver="ddim").images.shape == (2, 16, 16, 3)
+    # DDPM takes it, and hears of a change in it.
+    with torch.no_grad():
+        learned.denoiser.network.out[2].weight[4:].normal_()  # type: ignore[union-attr, index]
+        one = learned.generate(seed=1, steps=5, solver="ddpm").latents
+        learned.denoiser.network.out[2].bias[4:].add_(0.5)  # type: ignore[union-attr, index]
+    assert not torch.equal(one, learned.generate(seed=1, steps=5, solver="ddpm").latents)

@@ -370,6 +370,8 @@ class LatentDiffusion(nn.Module):
         denoise = self._guided(request, part, guide)
         grid = self.grid(request.solver, request.steps)
         options: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
+        if request.solver == "ddpm" and self.denoiser.learned_variance:
+            options["variance"] = "learned"
         if on_step is not None:
             options["callback"] = lambda step, level, x, x0: on_step(step + 1, x0)
         x = noise(0) * self.denoiser.schedule.prior_std(grid[0])
