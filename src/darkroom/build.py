@@ -126,7 +126,7 @@ def build_conditioner(config: Mapping[str, Any], first_stage: FirstStage | None 
         encoders[name] = encoder.build(complete, parts)
         entries[name] = dict(entry) if complete is stated else to_dict(complete)
     conditioner = Conditioner(encoders)
-    conditioner.config_dict = {"encoders": entries}  # type: ignore[assignment]
+    conditioner.config_dict = {"encoders": entries}
     return conditioner
 
 

@@ -162,7 +162,7 @@ class TextEncoder(ConditionEncoder):
             return {}
         text = read_vocabulary(path, family).to_str()
         tokenizer, size = WordPieceTokenizer.from_json(text), self._size
-        if tokenizer.vocabulary_size > size:
+        if tokenizer.vocabulary_size != size:
             raise DarkroomError(
                 f"the vocabulary has {tokenizer.vocabulary_size} tokens, but the tower was built for {size}; give the "
                 "one that it was trained with"
