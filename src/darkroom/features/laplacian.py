@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 FILTER = (0.05, 0.25, 0.4, 0.25, 0.05)  # Burt & Adelson 1983, a = 0.4: the filter of the paper
 SIGMA = 0.17  # contrast at which the division saturates, for images in [0, 1]
-INVISIBLE = 0.01  # contrast below which nobody sees a difference, for images in [0, 1]
 NEIGHBOURHOOD_OCTAVES = 3  # in which contrast is compared: an unsure decoder knows it there, not at a pixel
 EPSILON = 1e-4  # keeps the gradient of the root finite where two bands agree
 
@@ -50,10 +49,11 @@ class NormalisedLaplacianDistance(nn.Module):
 class LocalContrastDistance(nn.Module):
     """(B, C, H, W) twice, in [-1, 1] -> (B,): how far the local contrasts lie apart, wherever the details lie.
 
-    The local contrast of a band is the root mean square of its values in a neighbourhood of about twenty of its pixels:
-    the standard deviation that the contrast term of SSIM compares (Wang et al. 2004, eq. 9), taken per octave. A mean
-    square error is least where an unsure decoder paints the average of all it deems possible, which is a blur; this
-    distance then is large, and it is small for grain that differs from the original in its phase only.
+    The local contrast of a band is the mean square of its values in a neighbourhood of about twenty of its pixels: the
+    variance that SSIM compares (Wang et al. 2004, eq. 13), taken per octave. A mean square error is least where an
+    unsure decoder paints the average of all it deems possible, which is a blur; this distance then is large, and it is
+    small for grain that differs from the original in its phase only. Squares, not their roots: what an unsure decoder
+    then aims at is the mean energy, and not less.
     """
 
     def __init__(self, levels: int = 4) -> None:
@@ -68,8 +68,7 @@ class LocalContrastDistance(nn.Module):
                 energy = band.square()
                 for _ in range(NEIGHBOURHOOD_OCTAVES):
                     energy = _apply(_reduce_matrix, energy)
-                contrast = (energy + INVISIBLE**2).sqrt()
-                distances.append(_rms_difference(*contrast.view(2, image.shape[0], -1)))
+                distances.append(_rms_difference(*energy.view(2, image.shape[0], -1)))
             return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
 
 
