@@ -500,9 +500,11 @@ class _Job:
         return build_denoiser(denoiser_config(recipe.denoiser, {}, channels, conditioner)), conditioner
 
     def _check_classes(self, conditioner: Conditioner) -> None:
-        for encoder in conditioner.encoders.values():
-            classes = getattr(getattr(encoder, "config", None), "classes", None)
-            if classes is not None and list(classes) != list(self.data.class_names or []):
+        for name, encoder in conditioner.encoders.items():
+            config: Any = getattr(encoder, "config", None)
+            classes = getattr(config, "classes", None)
+            # Each kind of condition asks the data for its own names: of classes, boxes or label maps.
+            if classes and list(classes) != list(replace(config, classes=[]).completed(name, self.data).classes):
                 raise DarkroomError(
                     f"--init-from {self.recipe.init_from}: its classes ({', '.join(classes[:4])}, ...) are not "
                     "the data's; name the class folders alike, or train without --init-from"

@@ -304,6 +304,24 @@ def test_gradient_reaches_the_encoders() -> None:
     assert all(p.grad is not None and p.grad.any() for p in conditioner.parameters())
 
 
+def test_every_parameter_is_used_at_every_step() -> None:
+    """Also a learned null when, by chance, nothing is dropped: processes that train together wait for its gradient."""
+
+    class Learned(ConcatEncoder):
+        def __init__(self) -> None:
+            super().__init__("low_resolution", 2, drop_rate=0.01)
+            self.nothing = nn.Parameter(torch.ones(1, 2, 1, 1))
+
+        def null(self, batch_size: int) -> Conditioning:
+            return Conditioning(concat=self.nothing.expand(batch_size, -1, -1, -1))
+
+    encoder = Learned()
+    result = Conditioner({"low": encoder})({"low_resolution": torch.zeros(3, 2, 4, 4)}, generator())
+    assert not result.concat.any()
+    result.concat.sum().backward()
+    assert encoder.nothing.grad is not None
+
+
 def test_conditioner_errors() -> None:
     with pytest.raises(DarkroomError, match="text has 8, class has 4"):
         Conditioner({"text": text_encoder(), "class": class_encoder(width=4)})

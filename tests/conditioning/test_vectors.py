@@ -35,8 +35,10 @@ def test_labels() -> None:
     for bad in ([11], [-1]):
         with pytest.raises(DarkroomError, match="this model has 0 to 9"):
             encoder.encode(bad)
-    with pytest.raises(DarkroomError, match="no whole number"):
-        encoder.from_request("class_label", "fox", (8, 8))
+    assert own.from_request("noise_level", "7", (8, 8)) == 7
+    for wrong in ("fox", 11, -1):
+        with pytest.raises(DarkroomError, match="is not known; this model has 0 to 9"):
+            encoder.from_request("class_label", wrong, (8, 8))
     with pytest.raises(DarkroomError, match="give 0 to 9"):
         LabelEncoder(LabelEncoderConfig(count=10, null_label=10))
 

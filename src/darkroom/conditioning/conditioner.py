@@ -93,9 +93,9 @@ class Conditioner(nn.Module):
                 continue
             if generator is not None:
                 values = encoder.augment(values, generator)
-            parts.append(
-                encoder.encode(values) if keep is None or bool(keep.all()) else encoder.encode_kept(values, keep)
-            )
+            # Also where all are kept by chance: every process then uses every parameter at every step.
+            whole = keep is None or encoder.drop_rate == 0
+            parts.append(encoder.encode(values) if keep is None or whole else encoder.encode_kept(values, keep))
         return self._merged(parts)
 
     def set_vocabulary(self, path: str | Path, family: str = "clip") -> None:

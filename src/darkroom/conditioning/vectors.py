@@ -62,8 +62,10 @@ class LabelEncoder(ConditionEncoder):
         return Conditioning(label=torch.full((batch_size,), self.null_label))
 
     def from_request(self, field: str, value: Any, size: tuple[int, int]) -> int:
-        if not isinstance(value, int):
-            raise DarkroomError(f"{field}: {value!r} is no whole number")
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if not isinstance(value, int) or not 0 <= value < self.widths["label"]:
+            raise DarkroomError(f"{field}: {value!r} is not known; this model has 0 to {self.config.count - 1}")
         return value
 
 
