@@ -26,28 +26,44 @@ NEIGHBOURHOOD_OCTAVES = 3  # in which contrast is compared: an unsure decoder kn
 EPSILON = 1e-4  # keeps the gradient of the root finite where two bands agree
 
 
-class NormalisedLaplacianDistance(nn.Module):
-    """(B, C, H, W) twice, in [-1, 1] -> (B,): mean over bands of the root mean square difference.
+class PyramidDistance(nn.Module):
+    """(B, C, H, W) twice, in [-1, 1] -> (B,): mean over bands of the root mean square difference of `describe(band)`.
 
     `levels - 1` band-pass images, one octave each, as long as both sides have at least 4 pixels, and the low-pass rest.
     """
 
-    def __init__(self, levels: int = 5) -> None:
+    def __init__(self, levels: int) -> None:
         super().__init__()
         self.levels = levels
+
+    def describe(self, band: Tensor) -> Tensor:
+        """(N, h, w) -> (N, h', w'): what is compared of a band."""
+        raise NotImplementedError
+
+    def chosen(self, bands: list[Tensor]) -> list[Tensor]:
+        """The bands that count, of all, finest first."""
+        return bands
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-            distances = []
-            for band in laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels):
-                normalised = band / (SIGMA + _apply(_blur_matrix, band.abs()))
-                distances.append(_rms_difference(*normalised.view(2, image.shape[0], -1)))
-            return torch.stack(distances).mean(0)
+            bands = self.chosen(laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels))
+            distances = [_rms_difference(*self.describe(band).view(2, image.shape[0], -1)) for band in bands]
+            return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
 
 
-class LocalContrastDistance(nn.Module):
-    """(B, C, H, W) twice, in [-1, 1] -> (B,): how far the local contrasts lie apart, wherever the details lie.
+class NormalisedLaplacianDistance(PyramidDistance):
+    """The perceptual one: each band divided by the local mean of its magnitude."""
+
+    def __init__(self, levels: int = 5) -> None:
+        super().__init__(levels)
+
+    def describe(self, band: Tensor) -> Tensor:
+        return band / (SIGMA + _apply(_blur_matrix, band.abs()))
+
+
+class LocalContrastDistance(PyramidDistance):
+    """How far the local contrasts lie apart, wherever the details lie; 0 for images too small for a band.
 
     The local contrast of a band is the mean square of its values in a neighbourhood of about twenty of its pixels: the
     variance that SSIM compares (Wang et al. 2004, eq. 13), taken per octave. A mean square error is least where an
@@ -57,19 +73,16 @@ class LocalContrastDistance(nn.Module):
     """
 
     def __init__(self, levels: int = 4) -> None:
-        super().__init__()
-        self.levels = levels
+        super().__init__(levels)
 
-    def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        with torch.autocast(image.device.type, enabled=False):
-            dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-            distances = []
-            for band in laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels)[:-1]:
-                energy = band.square()
-                for _ in range(NEIGHBOURHOOD_OCTAVES):
-                    energy = _apply(_reduce_matrix, energy)
-                distances.append(_rms_difference(*energy.view(2, image.shape[0], -1)))
-            return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
+    def chosen(self, bands: list[Tensor]) -> list[Tensor]:
+        return bands[:-1]
+
+    def describe(self, band: Tensor) -> Tensor:
+        energy = band.square()
+        for _ in range(NEIGHBOURHOOD_OCTAVES):
+            energy = _apply(_reduce_matrix, energy)
+        return energy
 
 
 def laplacian_pyramid(x: Tensor, levels: int) -> list[Tensor]:

@@ -36,6 +36,7 @@ from darkroom.networks.transformer import (
     layer_norm,
     modulate,
     modulation,
+    summed_embedding,
     unpatchify,
 )
 
@@ -157,7 +158,7 @@ class DiT(nn.Module):
         c, dtype = self.config, next(self.parameters()).dtype
         h = joined_input("dit", x, conditioning, c.in_channels, c.patch_size)
         size = (h.shape[2] // c.patch_size, h.shape[3] // c.patch_size)
-        emb = self._embed(time, conditioning, target_time)
+        emb = summed_embedding("dit", self, time, target_time, conditioning, self.y_embedder, self.vector_embedder)
         context = None if conditioning is None else conditioning.context
         mask = None if conditioning is None else conditioning.context_mask
         check_slot("dit", "context", context is not None, c.context_dim is not None, "context_dim")
@@ -171,23 +172,6 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, emb, context, mask)
         return unpatchify(self.final_layer(tokens, emb), size, c.patch_size).to(x.dtype)
-
-    def _embed(self, time: Tensor, slots: Slots | None, target_time: Tensor | None) -> Tensor:
-        """(B,) times and the label and vector slots -> (B, D)."""
-        label = None if slots is None else slots.label
-        vector = None if slots is None else slots.vector
-        check_slot("dit", "label", label is not None, self.y_embedder is not None, "num_classes")
-        check_slot("dit", "vector", vector is not None, self.vector_embedder is not None, "adm_in_channels")
-        emb = self.t_embedder(time)
-        if self.target_time_embedder is not None:
-            emb = emb + self.target_time_embedder(time, target_time)
-        elif target_time is not None:
-            raise DarkroomError("dit: this network does not read a target time; see its option target_time")
-        if self.y_embedder is not None:
-            emb = emb + self.y_embedder(label)
-        if self.vector_embedder is not None:
-            emb = emb + self.vector_embedder(vector)
-        return emb
 
 
 # Peebles & Xie 2023, table 1: ImageNet at 256x256 (latents of 32x32), 1000 classes and the null class, learned

@@ -32,7 +32,6 @@ from darkroom.networks.transformer import (
     SelfAttention,
     TimestepEmbedder,
     VectorEmbedder,
-    check_slot,
     check_widths,
     gated,
     initialise,
@@ -40,6 +39,7 @@ from darkroom.networks.transformer import (
     layer_norm,
     modulate,
     modulation,
+    summed_embedding,
     unpatchify,
 )
 
@@ -213,7 +213,7 @@ class MMDiT(nn.Module):
         c, dtype = self.config, next(self.parameters()).dtype
         h = joined_input("mmdit", x, conditioning, c.in_channels, c.patch_size)
         size = (h.shape[2] // c.patch_size, h.shape[3] // c.patch_size)
-        emb = self._embed(time, conditioning, target_time)
+        emb = summed_embedding("mmdit", self, time, target_time, conditioning, self.label_embedder, self.y_embedder)
         if conditioning is None or conditioning.context is None:
             raise DarkroomError("mmdit: this network needs a context (B, L, D); give the conditioning slot 'context'")
         context = pointwise(conditioning.context.to(dtype), self.context_embedder)
@@ -228,23 +228,6 @@ class MMDiT(nn.Module):
             if i not in skip_layers:
                 context, tokens = block(context, tokens, emb, mask)
         return unpatchify(self.final_layer(tokens, emb), size, c.patch_size).to(x.dtype)
-
-    def _embed(self, time: Tensor, slots: Slots | None, target_time: Tensor | None) -> Tensor:
-        """(B,) times and the label and vector slots -> (B, D)."""
-        label = None if slots is None else slots.label
-        vector = None if slots is None else slots.vector
-        check_slot("mmdit", "label", label is not None, self.label_embedder is not None, "num_classes")
-        check_slot("mmdit", "vector", vector is not None, self.y_embedder is not None, "adm_in_channels")
-        emb = self.t_embedder(time)
-        if self.target_time_embedder is not None:
-            emb = emb + self.target_time_embedder(time, target_time)
-        elif target_time is not None:
-            raise DarkroomError("mmdit: this network does not read a target time; see its option target_time")
-        if self.label_embedder is not None:
-            emb = emb + self.label_embedder(label)
-        if self.y_embedder is not None:
-            emb = emb + self.y_embedder(vector)
-        return emb
 
 
 def _stable_diffusion(depth: int, **options: object) -> MMDiTConfig:

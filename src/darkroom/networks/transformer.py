@@ -8,7 +8,7 @@ d head width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.kernels import attention
-from darkroom.networks.blocks import pointwise, timestep_embedding, to_tokens, zero_module
+from darkroom.networks.blocks import TargetTime, pointwise, timestep_embedding, to_tokens, zero_module
 from darkroom.networks.slots import Slots
 
 QKNorm = Literal["rms", "ln"]
@@ -73,6 +73,39 @@ class VectorEmbedder(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.mlp(vector.to(next(self.parameters()).dtype))
+
+
+class Embeddings(Protocol):
+    """What a network of either kind has for `summed_embedding`; None: it does not read that slot."""
+
+    t_embedder: TimestepEmbedder
+    target_time_embedder: TargetTime | None
+
+
+def summed_embedding(
+    kind: str,
+    network: Embeddings,
+    time: Tensor,
+    target_time: Tensor | None,
+    slots: Slots | None,
+    label_embedder: LabelEmbedder | None,
+    vector_embedder: VectorEmbedder | None,
+) -> Tensor:
+    """(B,) times and the label and vector slots -> (B, D). `kind` names the network in errors; its two embedders are
+    given, because both official codes call different ones `y_embedder`."""
+    label = None if slots is None else slots.label
+    vector = None if slots is None else slots.vector
+    check_slot(kind, "label", label is not None, label_embedder is not None, "num_classes")
+    check_slot(kind, "vector", vector is not None, vector_embedder is not None, "adm_in_channels")
+    emb = network.t_embedder(time)
+    if network.target_time_embedder is not None:
+        emb = emb + network.target_time_embedder(time, target_time)
+    elif target_time is not None:
+        raise DarkroomError(f"{kind}: this network does not read a target time; see its option target_time")
+    for embedder, value in ((label_embedder, label), (vector_embedder, vector)):
+        if embedder is not None:
+            emb = emb + embedder(value)
+    return emb
 
 
 class Mlp(nn.Module):

@@ -94,6 +94,11 @@ def draw(noise: Noise | None, i: int, x: Tensor) -> Tensor:
     return noise(i).to(x)
 
 
+def refreshed(x: Tensor, amount: float, noise: Noise | None, i: int) -> Tensor:
+    """x (B, ...) + amount * (the i-th draw); `noise` may be absent where the amount is 0."""
+    return x + amount * draw(noise, i, x) if amount > 0 else x
+
+
 def churned(
     x: Tensor,
     grid: Grid,

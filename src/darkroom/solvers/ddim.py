@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from darkroom.diffusion.grids import Grid
-from darkroom.solvers.common import Callback, Denoise, Noise, ancestral, draw, step_towards
+from darkroom.solvers.common import Callback, Denoise, Noise, ancestral, refreshed, step_towards
 
 
 def ddim(
@@ -38,6 +38,5 @@ def ddim(
         x = step_towards(x, x0, here, there, kept)
         if refine is not None:
             x = x + float(there.alpha) * (refined - x0)
-        if fresh > 0:
-            x = x + noise_scale * fresh * draw(noise, i, x)
+        x = refreshed(x, noise_scale * fresh, noise, i)
     return x

@@ -15,7 +15,7 @@ from torch import Tensor
 from darkroom.diffusion.grids import Grid
 from darkroom.diffusion.levels import NoiseLevel
 from darkroom.diffusion.prediction import epsilon_from_x0
-from darkroom.solvers.common import Callback, Denoise, Noise, draw, framed, step_towards
+from darkroom.solvers.common import Callback, Denoise, Noise, framed, refreshed, step_towards
 
 Correction = Literal["midpoint", "heun"]
 
@@ -96,9 +96,7 @@ def dpm_multistep(
             else:
                 scale, z = sigma_next, h
             moved = moved - scale * _curvature(z, slope, bend, correction)
-        if sigma_next > kept:
-            moved = moved + noise_scale * math.sqrt(sigma_next**2 - kept**2) * draw(noise, i, x)
-        x = moved
+        x = refreshed(moved, noise_scale * math.sqrt(max(sigma_next**2 - kept**2, 0.0)), noise, i)
         history = [(now, value), *history][: order - 1] if now > -math.inf else []
     return x
 

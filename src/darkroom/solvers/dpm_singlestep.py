@@ -14,7 +14,7 @@ from torch import Tensor
 
 from darkroom.diffusion.grids import Grid, level_between
 from darkroom.diffusion.levels import NoiseLevel
-from darkroom.solvers.common import Callback, Denoise, Noise, ancestral, draw, framed, in_flow_frame, step_towards
+from darkroom.solvers.common import Callback, Denoise, Noise, ancestral, framed, in_flow_frame, refreshed, step_towards
 
 
 def _lowered(there: NoiseLevel, kept: float) -> NoiseLevel:
@@ -56,8 +56,7 @@ def dpm2_ancestral(
             x = k_next * (x / k + (s_next - s) * slope)
         else:
             x = step_towards(x, x0, here, there, kept)
-        if fresh > 0:
-            x = x + noise_scale * fresh * draw(noise, i, x)
+        x = refreshed(x, noise_scale * fresh, noise, i)
     return x
 
 
@@ -96,8 +95,7 @@ def dpm_plus_plus_2s_ancestral(
             inner = level_between(grid.schedule, here, _lowered(there, kept), 0.5)
             x0 = denoise(step_towards(x, x0, here, inner), inner)
         x = step_towards(x, x0, here, there, kept)
-        if fresh > 0:
-            x = x + noise_scale * fresh * draw(noise, i, x)
+        x = refreshed(x, noise_scale * fresh, noise, i)
     return x
 
 
@@ -124,10 +122,8 @@ def dpm_plus_plus_sde(
             inner = level_between(grid.schedule, here, there, r)
             kept_inner, fresh_inner = ancestral(here, inner, eta)
             x_inner = step_towards(x, x0, here, inner, kept_inner)
-            if fresh_inner > 0:
-                x_inner = x_inner + noise_scale * fresh_inner * draw(noise, 2 * i, x)
+            x_inner = refreshed(x_inner, noise_scale * fresh_inner, noise, 2 * i)
             x0 = torch.lerp(x0, denoise(x_inner, inner), 1 / (2 * r))
         x = step_towards(x, x0, here, there, kept)
-        if fresh > 0:
-            x = x + noise_scale * fresh * draw(noise, 2 * i + 1, x)
+        x = refreshed(x, noise_scale * fresh, noise, 2 * i + 1)
     return x
