@@ -33,11 +33,21 @@ ALLOWED: dict[str, set[str]] = {
     "denoiser": {"diffusion", "conditioning", "networks"},
     "objective": {"denoiser", "diffusion", "conditioning"},
     "guidance": {"denoiser", "diffusion", "conditioning"},
+    "classifier_guidance": {"denoiser", "diffusion"},
     "inpaint": {"diffusion"},
     "data": set(),
     "interop": {"networks", "first_stage", "conditioning"},
     # the only place where conditioning, denoiser and first stage meet
-    "latent_diffusion": {"solvers", "guidance", "inpaint", "denoiser", "conditioning", "first_stage", "diffusion"},
+    "latent_diffusion": {
+        "solvers",
+        "guidance",
+        "classifier_guidance",
+        "inpaint",
+        "denoiser",
+        "conditioning",
+        "first_stage",
+        "diffusion",
+    },
     # previews and metrics come in as hooks: never latent_diffusion, never evaluation
     "training": {"objective", "denoiser", "conditioning", "first_stage", "features", "diffusion", "data"},
     "evaluation": {"latent_diffusion", "first_stage", "features", "data"},
@@ -72,6 +82,7 @@ COMPOSE = (
 # Third-party packages of the pure layers.
 ONLY_TORCH = (
     "kernels", "diffusion", "features", "networks", "solvers", "first_stage", "denoiser", "objective", "guidance",
+    "classifier_guidance",
 )  # fmt: skip
 
 # (importer, imported): why. Only inside a function, so that importing the lower layer does not load the upper one.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from darkroom.classifier_guidance import ClassifierGuide, ClassifierGuided
 from darkroom.conditioning.classes import ClassEncoder
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.requests import (
@@ -94,6 +95,14 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return to_pixels(image, PixelFormat())
 
 
+@dataclass(frozen=True)
+class Guides:
+    """Other networks that take part in a generation."""
+
+    model: LatentDiffusion | None = None
+    classifier: ClassifierGuide | None = None
+
+
 class LatentDiffusion(nn.Module):
     """A model that generates. `first_stage` is None for a denoiser-only file (or pixel diffusion)."""
 
@@ -147,6 +156,7 @@ class LatentDiffusion(nn.Module):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         guide: LatentDiffusion | None = None,
+        classifier: ClassifierGuide | None = None,
         progress: Callable[[int, int], None] | None = None,
         preview: Callable[[int, np.ndarray], None] | None = None,
         preview_every: int = 1,
@@ -157,6 +167,7 @@ class LatentDiffusion(nn.Module):
         A prompt may be token ids, for models whose vocabulary is not at hand; see `docs/text.md`.
         `conditions`: what else the model takes, by field: boxes=[("fox", 0.1, 0.2, 0.5, 0.9)], segmentation=an array of
         class ids, low_resolution=a picture, image= and repaint_mask=, depth=, ... A list has one entry per image.
+        `guide` is a weaker model, `classifier` recognises classes in noisy latents; see docs/guidance.md.
 
         Image k depends on its own seed, prompt and settings; the batch it is computed in changes at most the last
         rounding. `progress(done, total)` is called after every solver step. `preview(done, images)` is given what the
@@ -190,7 +201,7 @@ class LatentDiffusion(nn.Module):
         request = self.validate(request)
         if guide is not None:
             self._check_guide(guide)
-        return self._run(request, guide, progress, show)
+        return self._run(request, Guides(guide, classifier), progress, show)
 
     def validate(self, request: Request) -> Request:
         """The request with every default filled in and lists of equal length, or a DarkroomError that says the cure."""
@@ -314,7 +325,7 @@ class LatentDiffusion(nn.Module):
     def _run(
         self,
         request: Request,
-        guide: LatentDiffusion | None,
+        guides: Guides,
         progress: Callable[[int, int], None] | None,
         show: Callable[[int, Tensor], None] | None,
     ) -> Result:
@@ -324,7 +335,7 @@ class LatentDiffusion(nn.Module):
         total = len(batches) * request.steps
         for done, first in enumerate(batches):
             part = slice(first, first + request.batch_size)
-            latent, nfe = self._sample(request, part, guide, _on_step(progress, show, done * request.steps, total))
+            latent, nfe = self._sample(request, part, guides, _on_step(progress, show, done * request.steps, total))
             image = self.decode(latent)
             finite = image.flatten(1).isfinite().all(1).tolist()
             if not all(finite):
@@ -334,7 +345,7 @@ class LatentDiffusion(nn.Module):
                 )
             latents.append(latent)
             images.append(to_pixels(image, self.pixels))
-        return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, guide, nfe))
+        return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, guides, nfe))
 
     def _shower(self, preview: Callable[[int, np.ndarray], None], every: int) -> Callable[[int, Tensor], None]:
         """Turns estimates x0 (B, C, H, W) into calls of `preview`; complains now if there is no preview decoder."""
@@ -359,7 +370,7 @@ class LatentDiffusion(nn.Module):
         self,
         request: Request,
         part: slice,
-        guide: LatentDiffusion | None,
+        guides: Guides,
         on_step: Callable[[int, Tensor], None] | None,
     ) -> tuple[Tensor, int]:
         """(B, C, H, W) latents of the images `part` of the request, and network calls per image."""
@@ -367,7 +378,9 @@ class LatentDiffusion(nn.Module):
         seeds = request.seeds[part]
         shape = (self.latent_channels, request.size[1] // self.downsampling, request.size[0] // self.downsampling)
         noise = SeededNoise(seeds, shape, self.device)
-        denoise = self._guided(request, part, guide)
+        denoise: Guided | ClassifierGuided = self._guided(request, part, guides.model)
+        if (c := guides.classifier) is not None:
+            denoise = ClassifierGuided(denoise, c.classifier, c.labels_of(len(request.seeds))[part], c.scale)
         grid = self.grid(request.solver, request.steps)
         options: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
         if request.solver == "ddpm" and self.denoiser.learned_variance:
@@ -469,9 +482,10 @@ class LatentDiffusion(nn.Module):
         """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]; large ones in exact strips."""
         return latent if self.first_stage is None else self.first_stage.decode(latent, tile="auto")
 
-    def _settings(self, request: Request, guide: LatentDiffusion | None, nfe: int) -> list[dict[str, Any]]:
+    def _settings(self, request: Request, guides: Guides, nfe: int) -> list[dict[str, Any]]:
         from darkroom import __version__
 
+        c, count = guides.classifier, len(request.seeds)
         record = asdict(replace(request, conditions=None))
         record["size"] = list(request.size or ())
         if request.class_labels is not None:
@@ -485,12 +499,13 @@ class LatentDiffusion(nn.Module):
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "model": self._identity(),
-                **({} if guide is None else {"guide": guide._identity()}),
+                **({} if guides.model is None else {"guide": guides.model._identity()}),
+                **({} if c is None else {"classifier": {"label": c.labels_of(count)[i], "scale": c.scale}}),
                 "request": record,
                 "index": i,
                 "nfe": nfe,
             }
-            for i in range(len(request.seeds))
+            for i in range(count)
         ]
 
     def _identity(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def randn(*shape: int, seed: int = 5) -> Tensor:
 
 def test_all_variants_are_covered() -> None:
     assert len(LDM) == 17 and len(SD2) == 7
-    assert len(BLOCKS) == 8 + 4  # the four noisy classifiers are not part of this package
+    assert len(BLOCKS) == 8 + 4  # the four noisy classifiers have a file of their own
 
 
 @pytest.mark.parametrize("name", LDM)

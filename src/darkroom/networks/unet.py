@@ -128,6 +128,11 @@ class UNetConfig:
         """Sides of the latent that are multiples of this are halved evenly by every level."""
         return 2 ** (len(self.channel_mult) - 1)
 
+    @property
+    def emb_channels(self) -> int:
+        """E, the width of the embedding of time, label and vector."""
+        return 4 * self.model_channels
+
     def res_blocks(self, level: int) -> int:
         return self.num_res_blocks if isinstance(self.num_res_blocks, int) else self.num_res_blocks[level]
 
@@ -191,8 +196,60 @@ def position_features(
     return torch.stack([f(a) for a in angles for f in (torch.sin, torch.cos)])[None]
 
 
-def _embedding_mlp(width: int, out_width: int) -> nn.Sequential:
+def embedding_mlp(width: int, out_width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, out_width), nn.SiLU(), nn.Linear(out_width, out_width))
+
+
+def res_block(
+    c: UNetConfig, channels: int, out_channels: int | None = None, up: bool = False, down: bool = False
+) -> ResBlock:
+    return ResBlock(
+        channels, c.emb_channels, c.dropout, out_channels, c.use_scale_shift_norm, up, down, c.use_checkpoint
+    )
+
+
+def attention_block(
+    c: UNetConfig, channels: int, level: int, self_attention: bool, decoder: bool = False
+) -> AttentionBlock | SpatialTransformer:
+    heads, head_width = c.heads(channels, decoder)
+    if not c.use_spatial_transformer:
+        return AttentionBlock(channels, heads, c.use_new_attention_order, c.use_checkpoint)
+    return SpatialTransformer(
+        channels,
+        heads,
+        head_width,
+        c.depth(level),
+        c.context_dim,
+        use_linear=c.use_linear_in_transformer,
+        self_attention=self_attention,
+        use_checkpoint=c.use_checkpoint,
+    )
+
+
+def append_encoder(stages: nn.ModuleList, c: UNetConfig) -> list[int]:
+    """Append the encoder half to its first convolution; returns the channels after each stage that was appended."""
+    widths: list[int] = []
+    channels, levels = c.model_channels, len(c.channel_mult)
+    for level, mult in enumerate(c.channel_mult):
+        for _ in range(c.res_blocks(level)):
+            stage = Stage([res_block(c, channels, mult * c.model_channels)])
+            channels = mult * c.model_channels
+            if 2**level in c.attention_resolutions:
+                stage.append(attention_block(c, channels, level, c.self_attention(level)))
+            stages.append(stage)
+            widths.append(channels)
+        if level < levels - 1:
+            halve = res_block(c, channels, down=True) if c.resblock_updown else Downsample(channels, c.conv_resample)
+            stages.append(Stage([halve]))
+            widths.append(channels)
+    return widths
+
+
+def middle_block(c: UNetConfig, channels: int) -> Stage:
+    last = len(c.channel_mult) - 1
+    # The attention first: the order in which weights are drawn.
+    attention = attention_block(c, channels, last, not c.disable_middle_self_attn)
+    return Stage([res_block(c, channels), attention, res_block(c, channels)])
 
 
 class UNet(nn.Module):
@@ -208,8 +265,8 @@ class UNet(nn.Module):
         if c.num_classes == "sequential" and c.adm_in_channels is None:
             raise DarkroomError("unet: num_classes 'sequential' needs adm_in_channels, the width of the vector")
         width = c.model_channels
-        emb = 4 * width
-        self.time_embed = _embedding_mlp(width, emb)
+        emb = c.emb_channels
+        self.time_embed = embedding_mlp(width, emb)
         self.target_time_embed = TargetTime(emb, width) if c.target_time else None
         # One name for either kind in the official code; `vector_emb` is ours, for a label and a vector at once.
         self.label_emb: nn.Module | None = None
@@ -218,61 +275,29 @@ class UNet(nn.Module):
             self.label_emb = nn.Linear(1, emb)
         elif c.num_classes == "sequential":
             assert c.adm_in_channels is not None
-            self.label_emb = nn.Sequential(_embedding_mlp(c.adm_in_channels, emb))
+            self.label_emb = nn.Sequential(embedding_mlp(c.adm_in_channels, emb))
         elif c.num_classes is not None:
             self.label_emb = nn.Embedding(int(c.num_classes), emb)
         if c.adm_in_channels is not None and c.num_classes != "sequential":
-            self.vector_emb = _embedding_mlp(c.adm_in_channels, emb)
+            self.vector_emb = embedding_mlp(c.adm_in_channels, emb)
 
-        def res(channels: int, out_channels: int | None = None, up: bool = False, down: bool = False) -> ResBlock:
-            return ResBlock(channels, emb, c.dropout, out_channels, c.use_scale_shift_norm, up, down, c.use_checkpoint)
-
-        def attention(channels: int, level: int, decoder: bool, self_attention: bool) -> nn.Module:
-            heads, head_width = c.heads(channels, decoder)
-            if not c.use_spatial_transformer:
-                return AttentionBlock(channels, heads, c.use_new_attention_order, c.use_checkpoint)
-            return SpatialTransformer(
-                channels,
-                heads,
-                head_width,
-                c.depth(level),
-                c.context_dim,
-                use_linear=c.use_linear_in_transformer,
-                self_attention=self_attention,
-                use_checkpoint=c.use_checkpoint,
-            )
-
-        levels = len(c.channel_mult)
-        channels = width
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
         # The only parameter beyond the official ones.
         self.position_embed = nn.Conv2d(4 * POSITION_OCTAVES, width, 1, bias=False) if c.position_embedding else None
-        skips = [width]
-        for level, mult in enumerate(c.channel_mult):
-            for _ in range(c.res_blocks(level)):
-                stage = Stage([res(channels, mult * width)])
-                channels = mult * width
-                if 2**level in c.attention_resolutions:
-                    stage.append(attention(channels, level, False, c.self_attention(level)))
-                self.input_blocks.append(stage)
-                skips.append(channels)
-            if level < levels - 1:
-                down = res(channels, down=True) if c.resblock_updown else Downsample(channels, c.conv_resample)
-                self.input_blocks.append(Stage([down]))
-                skips.append(channels)
-
-        middle = attention(channels, levels - 1, False, not c.disable_middle_self_attn)
-        self.middle_block = Stage([res(channels), middle, res(channels)])
+        skips = [width, *append_encoder(self.input_blocks, c)]
+        channels = skips[-1]
+        self.middle_block = middle_block(c, channels)
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             for i in range(c.res_blocks(level) + 1):
-                stage = Stage([res(channels + skips.pop(), mult * width)])
+                stage = Stage([res_block(c, channels + skips.pop(), mult * width)])
                 channels = mult * width
                 if 2**level in c.attention_resolutions:
-                    stage.append(attention(channels, level, True, c.self_attention(level)))
+                    stage.append(attention_block(c, channels, level, c.self_attention(level), decoder=True))
                 if level and i == c.res_blocks(level):
-                    stage.append(res(channels, up=True) if c.resblock_updown else Upsample(channels, c.conv_resample))
+                    up = res_block(c, channels, up=True) if c.resblock_updown else Upsample(channels, c.conv_resample)
+                    stage.append(up)
                 self.output_blocks.append(stage)
 
         self.out = nn.Sequential(
