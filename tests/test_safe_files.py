@@ -18,8 +18,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import full_disk, one_line
 
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import new_folder, read_safetensors, read_safetensors_header, write_file, write_safetensors
-from darkroom.safe_pickle import read_checkpoint
+from darkroom.safe_files import (
+    iter_safetensors,
+    new_folder,
+    read_json,
+    read_safetensors,
+    read_safetensors_header,
+    write_file,
+    write_safetensors,
+)
+from darkroom.safe_pickle import iter_stored, read_checkpoint, read_structure, stored_table
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -283,6 +291,69 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     for name, words in expected.items():
         with pytest.raises(DarkroomError, match=words):
             read_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_what_small_files_would_become_in_memory_is_bounded(tmp_path: Path) -> None:
+    for header in (b'{"a":[' + b"[]," * 2_000_000 + b"1]}", b"{" + b'"":0,' * 1_500_000 + b'"a":0}', b'"' * 5_000_000):
+        with pytest.raises(DarkroomError, match="not JSON, or of an impossible size"):
+            read_safetensors_header(header_file(tmp_path / "m.safetensors", header))
+    with pytest.raises(DarkroomError, match="instructions"):
+        read_checkpoint(zip_with_pickle(tmp_path / "m.pt", b"\x80\x02" + b"]" * 1_100_000 + b"."))
+    with zipfile.ZipFile(tmp_path / "many.pt", "w") as archive:
+        for i in range(80):
+            archive.writestr(f"{i}" + "x" * 60_000, b"")
+        archive.comment = b"PK\5\6" + b"\0" * 40  # a false end
+    with pytest.raises(DarkroomError, match="too many entries"):
+        read_checkpoint(tmp_path / "many.pt")
+    (tmp_path / "config.json").write_bytes(b"[" + b"1," * 2_000_000 + b"1]")
+    with pytest.raises(DarkroomError, match="too many values"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.safetensors")
+    with pytest.raises(DarkroomError, match="is a pipe or a device"):
+        read_safetensors(tmp_path / "m.safetensors")
+    with pytest.raises(DarkroomError, match="is a pipe or a device"):
+        read_json(Path("/dev/zero"))
+
+
+def test_errors_are_one_line_whatever_names_a_file_holds(tmp_path: Path) -> None:
+    name = "first\nsecond\x1b[2J\ud800" + "x" * 100_000
+    path = header_file(tmp_path / "m.safetensors", {name: entry("F99", [1], 0, 4)})
+    with pytest.raises(DarkroomError) as error:
+        read_safetensors(path)
+    text = one_line(error)
+    assert text.isprintable() and len(text) < 3000 and "first\\nsecond" in text
+
+
+def test_one_tensor_at_a_time_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Of a storage that many share only the part of the tensor that is asked for is read."""
+    shared = torch.arange(4000.0)
+    content = {"tail": shared[3990:], "middle": shared[10:20].view(2, 5).t(), "own": torch.ones(3), "none": shared[:0]}
+    torch.save(content, tmp_path / "m.pt")
+    stored = stored_table(read_structure(tmp_path / "m.pt"))
+    read = list(iter_stored(tmp_path / "m.pt", stored))
+    assert [name for name, _ in read] == ["none", "middle", "tail", "own"]
+    for name, tensor in read:
+        assert torch.equal(tensor, content[name]) and tensor.dtype == content[name].dtype
+        assert tensor.untyped_storage().nbytes() <= 40
+    write_safetensors(tmp_path / "m.safetensors", {"b": torch.ones(2), "a": torch.zeros(3), "c": torch.ones(1).half()})
+    assert [name for name, _ in iter_safetensors(tmp_path / "m.safetensors", ["c", "b"])] == ["b", "c"]
+
+
+@pytest.mark.parametrize("place", ["numbers", "local header", "table"])
+def test_damage_between_the_entries_of_a_checkpoint(tmp_path: Path, place: str) -> None:
+    torch.save({"w": torch.full((64,), 1.5)}, tmp_path / "m.pt")
+    data = bytearray((tmp_path / "m.pt").read_bytes())
+    numbers = data.index(torch.full((64,), 1.5).numpy().tobytes())
+    table = data.rindex(b"m/data/0") - 46
+    assert data[table : table + 4] == b"PK\1\2"
+    at = {"numbers": numbers + 9, "local header": data.rindex(b"PK\3\4", 0, numbers), "table": table + 24}
+    data[at[place]] ^= 0x40
+    (tmp_path / "m.pt").write_bytes(data)
+    with pytest.raises(DarkroomError, match=r"damaged|compressed"):
+        read_checkpoint(tmp_path / "m.pt")
 
 
 # --- writing

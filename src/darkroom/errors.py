@@ -6,6 +6,21 @@ The command line prints its text and leaves with status 2; a stack trace means a
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters; names inside damaged files may have millions
+
 
 class DarkroomError(Exception):
     """Bad input. The text is one line that names the input, the problem and the cure."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(_one_line(str(text)))
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks and control characters, which names inside files may hold, and of a bounded length."""
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

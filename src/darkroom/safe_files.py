@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from darkroom.errors import DarkroomError
+from darkroom.safe_json import MAX_BYTES, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The limit of the format's own reference implementation.
-MAX_HEADER_BYTES = 100_000_000
 
 # safetensors dtype: (bytes per element, name in torch)
 _DTYPES = {
@@ -84,8 +83,16 @@ class SafetensorsHeader:
 @contextlib.contextmanager
 def open_for_reading(path: Path) -> Iterator[tuple[io.BufferedReader, int]]:
     """The open file and its size; what the operating system refuses becomes one line."""
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # opening says what is wrong
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
         raise DarkroomError(f"{path} is a folder, a file was expected")
+    if not stat.S_ISREG(mode):  # a pipe would wait for ever, a device may have no end
+        raise DarkroomError(f"{path} is a pipe or a device, a file was expected")
+    if "\0" in str(path):
+        raise DarkroomError(f"{path} cannot be the name of a file")
     try:
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
@@ -99,10 +106,10 @@ def read_json(path: Path | str, what: str = "JSON file") -> dict[str, Any]:
     """A JSON object from a file; `what` names the file in messages."""
     path = Path(path)
     with open_for_reading(path) as (file, _):
-        data = file.read()
+        data = file.read(MAX_BYTES + 1)
     try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         raise DarkroomError(f"{path} is not a readable {what}: {error}") from None
     if not isinstance(value, dict):
         raise DarkroomError(f"{path} is not a readable {what}: it holds no JSON object")
@@ -121,7 +128,7 @@ def _parse_header(path: Path, file: io.BufferedReader, size: int) -> Safetensors
     if size < 8:
         raise DarkroomError(f"{path} is not a safetensors file: it has {size} bytes; {again}")
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_BYTES:
         raise DarkroomError(f"{path} is not a safetensors file (its first 8 bytes are no header length)")
     if 8 + length > size:
         raise DarkroomError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}; {again}")
@@ -135,9 +142,9 @@ def _parse_header(path: Path, file: io.BufferedReader, size: int) -> Safetensors
         return dict(pairs)
 
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError):
-        raise bad("its header is not JSON") from None
+        header = parse_json(file.read(length), without_repeats)
+    except ValueError:
+        raise bad("its header is not JSON, or of an impossible size") from None
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -170,7 +177,8 @@ def _parse_header(path: Path, file: io.BufferedReader, size: int) -> Safetensors
 
 
 def natural_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    """Whether it is a list of them, each small enough for a size or a place in a file."""
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def read_safetensors(path: Path | str, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -178,21 +186,29 @@ def read_safetensors(path: Path | str, names: Collection[str] | None = None) -> 
 
     The header is checked before memory is taken.
     """
-    import torch
+    return dict(iter_safetensors(path, names))
 
+
+def iter_safetensors(path: Path | str, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one, in the order of the file: memory is taken for a tensor only when it is asked for."""
     path = Path(path)
     with open_for_reading(path) as (file, size):
         header = _parse_header(path, file, size)
         chosen = header.tensors if names is None else {name: header.tensors[name] for name in names}
-        tensors: dict[str, Tensor] = {}
         for name, entry in sorted(chosen.items(), key=lambda item: item[1].start):
-            raw = _read_bytes(file, entry.start, entry.end - entry.start)
+            raw = read_bytes(file, entry.start, entry.end - entry.start)
             if raw is None:
                 raise DarkroomError(f"{path} became shorter while it was read; try again")
-            # A bool that is neither 0 nor 1 is undefined in C++, so bytes are compared instead of reinterpreted.
-            wanted = getattr(torch, _DTYPES[entry.dtype][1])
-            tensors[name] = ((raw != 0) if wanted == torch.bool else raw.view(wanted)).view(entry.shape)
-    return tensors
+            yield name, as_dtype(raw, _DTYPES[entry.dtype][1]).view(entry.shape)
+            del raw  # nothing is held while the next one is read
+
+
+def as_dtype(raw: Tensor, dtype: str) -> Tensor:
+    """Bytes as numbers. A bool that is neither 0 nor 1 is undefined in C++, so bools are compared instead."""
+    import torch
+
+    wanted = getattr(torch, dtype)
+    return raw != 0 if wanted == torch.bool else raw.view(wanted)
 
 
 def read_numbers(path: Path | str, name: str) -> list[float]:
@@ -207,17 +223,23 @@ def read_numbers(path: Path | str, name: str) -> list[float]:
         return list(struct.unpack(f"<{entry.numel}{kind}", file.read(entry.end - entry.start)))
 
 
-def _read_bytes(file: io.BufferedReader, start: int, count: int) -> Tensor | None:
-    """(count,) uint8, or None when the file ends before."""
+CHUNK = 8 * 2**20
+
+
+def read_bytes(
+    file: io.BufferedReader, start: int, count: int, seen: Callable[[memoryview], None] = lambda part: None
+) -> Tensor | None:
+    """(count,) uint8, or None when the file ends before. `seen` is given each part once it is there."""
     import torch
 
     raw = torch.empty(count, dtype=torch.uint8)
     file.seek(start)
     view = raw.numpy().data
     while view:
-        done = file.readinto(view)
+        done = file.readinto(view[:CHUNK])
         if not done:
             return None
+        seen(view[:done])
         view = view[done:]
     return raw
 

@@ -1,30 +1,29 @@
-"""Pickled checkpoints read as data: an interpreter of the pickle format that can neither import nor call.
+"""Pickled checkpoints read as data.
 
-torch writes a zip with `data.pkl` (the structure) and one uncompressed entry per storage (the numbers). A pickle is
-a small program; here its instructions are carried out on plain containers and tensors only, and a name that tensors and
-dictionaries do not need is refused and shown. Numbers can be left in the file until they are wanted.
+torch writes a zip with `data.pkl` (the structure) and one uncompressed entry per storage (the numbers). The pickle is
+read by `pickle_program`, which can neither import nor call; numbers are left in the file until they are wanted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-import pickletools
+import re
+import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import natural_numbers, open_for_reading
+from darkroom.pickle_program import MAX_PICKLE_BYTES, Global, run_pickle
+from darkroom.safe_files import as_dtype, natural_numbers, open_for_reading, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Stable Diffusion's 4 GB file has a pickle of 1 MB; the limit only stops absurd ones.
-MAX_PICKLE_BYTES = 64 * 2**20
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -46,30 +45,10 @@ _ITEM_BYTES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
-# What Lightning notes about its callbacks in official checkpoints. Such objects are stepped over: nothing is imported,
-# called or kept of them.
-_BOOKKEEPING = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-)
-
-
-@dataclass(frozen=True)
-class _Global:
-    """A name that a pickle refers to. It is only ever compared, never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-class _SteppedOver:
-    """Stands where an object of a training program's bookkeeping was."""
+# One storage takes about 100 bytes of the table at the end of the archive.
+MAX_DIRECTORY_BYTES = 4 * 2**20
+_TAIL_BYTES = 2**16 + 22 + 20 + 56  # the longest comment, and the three records that may end an archive
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry: signature, ..., bytes of its name and of its extra field
 
 
 @dataclass(frozen=True)
@@ -88,26 +67,30 @@ def read_checkpoint(path: Path | str) -> Any:
 
     Nothing in the file is executed: a name other than those that tensors and dictionaries need is refused and shown.
     """
-    return _open(path, lambda checkpoint: checkpoint.load(checkpoint.tensor))
+    with _opened(Path(path)) as checkpoint:
+        return checkpoint.load(checkpoint.tensor)
 
 
 def read_structure(path: Path | str) -> Any:
     """As `read_checkpoint`, with a `StoredTensor` in the place of every tensor: no numbers are read."""
-    return _open(path, lambda checkpoint: checkpoint.load(lambda stored: stored))
+    with _opened(Path(path)) as checkpoint:
+        return checkpoint.load(lambda stored: stored)
 
 
 def read_stored(path: Path | str, wanted: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """These tensors of a checkpoint; `wanted` comes from `read_structure` of the same file."""
-
-    def read(checkpoint: _TorchZip) -> dict[str, Tensor]:
-        return {name: checkpoint.tensor(stored) for name, stored in wanted.items()}
-
-    result: dict[str, Tensor] = _open(path, read)
-    return result
+    """These tensors of a checkpoint, each with memory of its own; `wanted` comes from `read_structure` of that file."""
+    return dict(iter_stored(path, wanted))
 
 
-def _open(path: Path | str, read: Callable[[_TorchZip], Any]) -> Any:
-    path = Path(path)
+def iter_stored(path: Path | str, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one, in the order of the file: memory is taken for a tensor only when it is asked for."""
+    with _opened(Path(path)) as checkpoint:
+        for name, stored in sorted(wanted.items(), key=lambda item: checkpoint.place(item[1])):
+            yield name, checkpoint.alone(stored)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_TorchZip]:
     with open_for_reading(path) as (file, size):
         if size == 0:
             raise DarkroomError(f"{path} is empty; copy or download it again")
@@ -117,11 +100,35 @@ def _open(path: Path | str, read: Callable[[_TorchZip], Any]) -> Any:
             if start[:1] in (b"\x80", b"(", b"c", b"}", b"]"):
                 _refuse_plain_pickle(path, file)
             raise DarkroomError(f"{path} is not a checkpoint: neither a torch zip file nor a safetensors file")
+        if _directory_bytes(file, size) > MAX_DIRECTORY_BYTES:
+            raise DarkroomError(f"{path} is a zip file of too many entries; not a model")
         try:
             with zipfile.ZipFile(file) as archive:
-                return read(_TorchZip(path, archive, size))
+                yield _TorchZip(path, archive, file, size)
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
             raise DarkroomError(f"{path} is damaged or truncated ({error}); copy or download it again") from None
+
+
+def _directory_bytes(file: io.BufferedReader, size: int) -> int:
+    """What the end of a zip file says of the size of its table of entries (APPNOTE.TXT 4.3.14 to 4.3.16), which the
+    library makes into objects at once. 0 where there is no such end, which the library reports.
+
+    Bytes that look like the end may stand behind it, in a comment: of all of them the largest size counts.
+    """
+    file.seek(max(0, size - _TAIL_BYTES))
+    tail = file.read(_TAIL_BYTES)
+    sizes = [0]
+    for match in re.finditer(re.escape(b"PK\5\6"), tail):
+        end = match.start()
+        if end + 22 <= len(tail):
+            sizes += struct.unpack_from("<I", tail, end + 12)
+        if end >= 20 and tail[end - 20 : end - 16] == b"PK\6\7":  # of the 64-bit form, which then counts instead
+            (place,) = struct.unpack_from("<Q", tail, end - 12)
+            if place + 56 <= size:
+                file.seek(place)
+                sizes[-1:] = struct.unpack_from("<Q", file.read(56), 40)
+    file.seek(0)
+    return max(sizes)
 
 
 def _refuse_plain_pickle(path: Path, file: io.BufferedReader) -> None:
@@ -131,10 +138,10 @@ def _refuse_plain_pickle(path: Path, file: io.BufferedReader) -> None:
     def storage(pickle_id: Any) -> Callable[..., None]:
         return lambda *arguments: None
 
-    first = _interpret(path, data, storage, lambda *arguments: None)
+    first = run_pickle(path, data, storage, lambda *arguments: None, _STORAGES)
     if first == _LEGACY_MAGIC:
         for _ in range(3):  # protocol number, system description, the object itself
-            _interpret(path, data, storage, lambda *arguments: None)
+            run_pickle(path, data, storage, lambda *arguments: None, _STORAGES)
         raise DarkroomError(f"{path} is in the file format of PyTorch before 1.6; save it again with a newer torch")
     raise DarkroomError(f"{path} is a bare pickle, not a torch checkpoint; save the weights as safetensors")
 
@@ -142,8 +149,8 @@ def _refuse_plain_pickle(path: Path, file: io.BufferedReader) -> None:
 class _TorchZip:
     """`data.pkl` plus one uncompressed entry per storage."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, size: int) -> None:
-        self.path, self.archive, self.size = path, archive, size
+    def __init__(self, path: Path, archive: zipfile.ZipFile, file: io.BufferedReader, size: int) -> None:
+        self.path, self.archive, self.file, self.size = path, archive, file, size
         self.sizes: dict[str, int] = {}  # bytes of each storage that the pickle names
         self.kinds: dict[str, str] = {}
         self.storages: dict[str, Tensor] = {}
@@ -168,15 +175,18 @@ class _TorchZip:
         def rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
             return leaf(self._stored(storage, offset, shape, stride))
 
-        return _interpret(self.path, io.BytesIO(self._entry(self.pickle)), self._storage, rebuild)
+        return run_pickle(self.path, io.BytesIO(self._entry(self.pickle)), self._storage, rebuild, _STORAGES)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         """The directory entry of a file in the archive, checked."""
         info = self.archive.getinfo(name)
         # torch never compresses: a compressed or overlapping entry is how a small file becomes a memory bomb.
         self.bytes_named += info.file_size
-        if info.compress_type != zipfile.ZIP_STORED or self.bytes_named > self.size:
-            raise DarkroomError(f"{self.path} holds compressed or overlapping entries, which torch never writes")
+        is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not is_plain or info.flag_bits & 1 or self.bytes_named > self.size:
+            raise DarkroomError(
+                f"{self.path} holds compressed, encrypted or overlapping entries, unlike those of torch"
+            )
         return info
 
     def _entry(self, name: str) -> bytes:
@@ -185,13 +195,13 @@ class _TorchZip:
     def _storage(self, pickle_id: Any) -> str:
         """('storage', type, key, location, number of elements) -> the key; size and type are noted."""
         match pickle_id:
-            case ("storage", _Global(module="torch", name=kind), str(key), _, int(_)) if kind in _STORAGES:
+            case ("storage", Global(module="torch", name=kind), str(key), _, int(_)) if kind in _STORAGES:
                 pass
             case _:
                 raise DarkroomError(f"{self.path} refers to something that is not a tensor storage; not a model")
         if key not in self.sizes:
             try:
-                self.sizes[key] = self._info(f"{self.prefix}data/{key}").file_size
+                self.sizes[key] = self._info(self._name(key)).file_size
             except KeyError:
                 raise DarkroomError(f"{self.path} is damaged: storage {key} is missing") from None
             self.kinds[key] = _STORAGES[kind]
@@ -215,205 +225,67 @@ class _TorchZip:
         if rest:
             raise DarkroomError(f"{self.path} is damaged: a storage ends within an element")
         numel = math.prod(shape)
-        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if numel else 0
+        last = offset + _last(shape, stride) if numel else 0
         if numel > length or last >= max(length, 1) or (numel == 0 and max(shape, default=0) >= 2**62):
             raise DarkroomError(f"{self.path} is damaged: a tensor of shape {shape} lies outside its storage")
         return StoredTensor(key, kind, shape, stride, offset)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """The numbers. Tensors of one storage share it."""
-        import torch
-
-        dtype = getattr(torch, stored.dtype)
         if stored.storage not in self.storages:
-            self.storages[stored.storage] = self._read(f"{self.prefix}data/{stored.storage}")
-        raw = self.storages[stored.storage]
-        flat = (raw != 0) if dtype == torch.bool else raw.view(dtype)
-        if not math.prod(stored.shape):
-            return flat.new_empty(stored.shape)
-        return flat.as_strided(stored.shape, stored.stride, stored.offset)
+            name = self._name(stored.storage)
+            self.storages[stored.storage] = self._read(name, 0, self.archive.getinfo(name).file_size)
+        return _strided(self.storages[stored.storage], stored, stored.offset)
 
-    def _read(self, name: str) -> Tensor:
-        """(n,) uint8: a storage, read into its final place."""
-        import torch
+    def alone(self, stored: StoredTensor) -> Tensor:
+        """The numbers, in memory of their own, whatever else lies in the same storage."""
+        item = _ITEM_BYTES[stored.dtype]
+        count = 1 + _last(stored.shape, stored.stride) if math.prod(stored.shape) else 0
+        return _strided(self._read(self._name(stored.storage), stored.offset * item, count * item), stored, 0)
 
+    def place(self, stored: StoredTensor) -> tuple[int, int]:
+        """Where a tensor begins, for reading in the order of the file."""
+        return self.archive.getinfo(self._name(stored.storage)).header_offset, stored.offset
+
+    def _name(self, storage: str) -> str:
+        return f"{self.prefix}data/{storage}"
+
+    def _read(self, name: str, start: int, count: int) -> Tensor:
+        """(count,) uint8: a part of a storage, read into its final place; the checksum of a whole one is compared."""
         info = self.archive.getinfo(name)
-        raw = torch.empty(info.file_size, dtype=torch.uint8)
-        view = raw.numpy().data
-        with self.archive.open(info) as file:
-            while view:
-                done = file.readinto(view)  # type: ignore[attr-defined]
-                if not done:
-                    raise EOFError(f"{name} ends early")
-                view = view[done:]
+        self.file.seek(info.header_offset)
+        header = self.file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise EOFError(f"{name} has no header")
+        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        begin = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+        if begin + info.file_size > self.size:  # before memory is taken
+            raise EOFError(f"{name} ends early")
+        checksum = 0
+
+        def add(part: memoryview) -> None:
+            nonlocal checksum
+            checksum = zlib.crc32(part, checksum)
+
+        is_whole = count == info.file_size
+        raw = read_bytes(self.file, begin + start, count, *([add] if is_whole else []))
+        if raw is None:
+            raise EOFError(f"{name} ends early")
+        if is_whole and checksum != info.CRC:
+            raise EOFError(f"{name} has another checksum")
         return raw
 
 
-def _interpret(
-    path: Path,
-    data: io.BytesIO,
-    storage: Callable[[Any], Any],
-    rebuild: Callable[..., Any],
-) -> Any:
-    """Run one pickle as data. The standard library's reader calls whatever a file names; this one has a closed list."""
-
-    def damaged(problem: object) -> DarkroomError:
-        return DarkroomError(f"{path} is damaged: its pickle cannot be read ({problem}); copy or download it again")
-
-    def parameter(value: Any = None, *_: Any) -> Any:
-        return value
-
-    def ordered_dict(*arguments: Any) -> OrderedDict[Any, Any]:
-        if arguments:
-            raise damaged("a dictionary with arguments")
-        return OrderedDict()
-
-    def encode(text: str, encoding: str) -> bytes:
-        if encoding != "latin1":  # how protocol 2 writes bytes
-            raise damaged("bytes in an unknown form")
-        return text.encode("latin1")
-
-    callables: dict[str, Callable[..., Any]] = {
-        "torch._utils._rebuild_tensor_v2": rebuild,
-        "torch._utils._rebuild_parameter": parameter,
-        "collections.OrderedDict": ordered_dict,
-        "_codecs.encode": encode,
-    }
-
-    def refer(module: Any, name: Any) -> _Global:
-        reference = _Global(str(module), str(name))
-        known = str(reference) in callables or str(reference) in _BOOKKEEPING
-        if known or (module == "torch" and name in _STORAGES):
-            return reference
-        raise DarkroomError(
-            f"{path} is refused: its pickle wants to import {reference}, which could run code; "
-            "ask for a safetensors file (nothing was run)"
-        )
-
-    def call(function: Any, arguments: Any) -> Any:
-        if isinstance(function, _Global) and str(function) in _BOOKKEEPING:
-            return _SteppedOver()
-        if not (isinstance(function, _Global) and str(function) in callables and isinstance(arguments, tuple)):
-            raise damaged("it calls something that is not a function")
-        try:
-            return callables[str(function)](*arguments)
-        except (TypeError, AttributeError):
-            raise damaged(f"wrong arguments for {function}") from None
-
-    stack: list[Any] = []
-    marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-
-    def items() -> list[Any]:
-        """What was pushed since the last mark."""
-        nonlocal stack
-        pushed, stack = stack, marks.pop()
-        return pushed
-
-    def set_items(target: Any, pairs: list[Any]) -> None:
-        if not isinstance(target, dict) or len(pairs) % 2:
-            raise damaged("entries outside a dictionary")
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if isinstance(key, _Global):  # Lightning's callbacks are listed by class
-                key = str(key)
-            # Only keys whose hash is computed without recursion: a nest of a million tuples would overflow the C stack.
-            if not isinstance(key, str | int | float | bytes | None):
-                raise damaged("a dictionary key that is not a name or a number")
-            target[key] = value
-
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            match opcode.name:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
-                case "MARK":
-                    marks.append(stack)
-                    stack = []
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE":
-                    stack.append(True)
-                case "NEWFALSE":
-                    stack.append(False)
-                case (
-                    "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT"
-                    | "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE"
-                    | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
-                ):  # fmt: skip
-                    stack.append(argument)
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "TUPLE":
-                    pushed = items()
-                    stack.append(tuple(pushed))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode.name[-1])
-                    if len(stack) < count:
-                        raise damaged("its stack is empty")
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "LIST":
-                    pushed = items()
-                    stack.append(pushed)
-                case "DICT":
-                    pushed = items()
-                    stack.append({})
-                    set_items(stack[-1], pushed)
-                case "APPEND":
-                    value = stack.pop()
-                    _as_list(stack[-1]).append(value)
-                case "APPENDS":
-                    pushed = items()
-                    _as_list(stack[-1]).extend(pushed)
-                case "SETITEM":
-                    pair = stack[-2:]
-                    del stack[-2:]
-                    set_items(stack[-1], pair)
-                case "SETITEMS":
-                    pushed = items()
-                    set_items(stack[-1], pushed)
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(argument or 0)] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    stack.append(memo[int(argument or 0)])
-                case "GLOBAL":
-                    stack.append(refer(*str(argument).split(" ", 1)))
-                case "INST":
-                    refer(*str(argument).split(" ", 1))
-                    raise damaged("opcode INST")
-                case "STACK_GLOBAL":
-                    module, name = stack[-2:]
-                    del stack[-2:]
-                    stack.append(refer(module, name))
-                case "REDUCE" | "NEWOBJ":
-                    function, arguments = stack[-2:]
-                    del stack[-2:]
-                    stack.append(call(function, arguments))
-                case "BINPERSID":
-                    stack.append(storage(stack.pop()))
-                case "BUILD":
-                    # Attributes of a dictionary (a state_dict's `_metadata`) carry no weights and are dropped.
-                    stack.pop()
-                    if not isinstance(stack[-1], OrderedDict | _SteppedOver):
-                        raise damaged("state for something that is not a dictionary")
-                case other:
-                    raise damaged(f"opcode {other}")
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
-        raise damaged(error) from None
-    raise damaged("it has no end")
+def _last(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How far behind the first element the last one lies; the shape has no 0."""
+    return sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
 
 
-def _as_list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError("values appended outside a list")
-    return value
+def _strided(raw: Tensor, stored: StoredTensor, offset: int) -> Tensor:
+    flat = as_dtype(raw, stored.dtype)
+    if not math.prod(stored.shape):
+        return flat.new_empty(stored.shape)
+    return flat.as_strided(stored.shape, stored.stride, offset)
 
 
 def stored_table(content: Any) -> dict[str, StoredTensor]:

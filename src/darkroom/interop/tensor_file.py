@@ -5,14 +5,14 @@ So the first stage of a 4 GB checkpoint costs the memory of a first stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import TORCH_NAMES, read_safetensors, read_safetensors_header
-from darkroom.safe_pickle import StoredTensor, read_stored, read_structure, stored_table
+from darkroom.safe_files import TORCH_NAMES, iter_safetensors, read_safetensors_header
+from darkroom.safe_pickle import StoredTensor, iter_stored, read_structure, stored_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,14 @@ class TensorFile:
     stored: dict[str, StoredTensor] | None  # None: safetensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, on the CPU, in the dtype they are stored in."""
-        names = list(names)
+        """These tensors, on the CPU, in the dtype they are stored in, each with memory of its own."""
+        return dict(self.iterate(names))
+
+    def iterate(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The same one by one, in the order of the file: no more memory than for one tensor is taken at a time."""
         if self.stored is None:
-            return read_safetensors(self.path, names)
-        return read_stored(self.path, {name: self.stored[name] for name in names})
+            return iter_safetensors(self.path, set(names))
+        return iter_stored(self.path, {name: self.stored[name] for name in names})
 
 
 def is_weight_file(path: Path) -> bool:
