@@ -15,10 +15,10 @@ from darkroom.networks.unet import UNet, UNetConfig
 
 
 class TinyModel:
-    """`tiny_cin` (classes) or `tiny_text2img` (token ids); weights "EMA" or "live"."""
+    """One of the topic latent_diffusion_tiny; weights "EMA" or "live"."""
 
     def __init__(self, name: str, which: str = "live") -> None:
-        case = load_case("latent_diffusion_tiny", name)
+        self.case = case = load_case("latent_diffusion_tiny", name)
         args = case.args
         state = weights().make_state_dict(case.spec["layout"], case.spec["derived"])
         options: dict[str, Any] = dict(args["unet_config"]["args"])
@@ -32,10 +32,11 @@ class TinyModel:
         config = ScheduleConfig(
             timesteps=args["timesteps"], beta_start=args["linear_start"], beta_end=args["linear_end"]
         )
-        self.denoiser = Denoiser(self.network, make_schedule(config), "epsilon").eval()
+        prediction_type = "x0" if args.get("parameterization") == "x0" else "epsilon"
+        self.denoiser = Denoiser(self.network, make_schedule(config), prediction_type).eval()
         self.embedding: Tensor | None = state.get("cond_stage_model.embedding.weight")
         self.tower: TextTransformer | None = None
-        if self.embedding is None:
+        if args["cond_stage_key"] == "caption":
             text = args["cond_stage_config"]["args"]
             self.tower = TextTransformer(
                 TextTransformerConfig(
@@ -57,3 +58,10 @@ class TinyModel:
             return Conditioning(context=self.embedding[ids][:, None])
         assert self.tower is not None
         return Conditioning(context=self.tower(ids))
+
+    def own_condition(self) -> Conditioning:
+        """That of the golden: from its labels or tokens, the stored concat map, or nothing."""
+        if "concat_condition" in self.case.spec["outputs"]:
+            return Conditioning(concat=self.case.output("concat_condition"))
+        ids = [name for name in ("class_label", "tokens") if name in self.case.spec["inputs"]]
+        return self.condition(self.case.input(ids[0])) if ids else Conditioning()

@@ -17,6 +17,24 @@ from torch import Tensor
 
 PARITY = Path(__file__).parent / "parity"
 
+# (topic, case, output) of every golden that a test of this session looked at; see test_goldens_are_used.py.
+USED: set[tuple[str, str, str]] = set()
+
+
+class _Outputs(dict[str, Any]):
+    """The outputs of a case, which note that they were read."""
+
+    def __init__(self, outputs: dict[str, Any], topic: str, case: str) -> None:
+        super().__init__(outputs)
+        self.place = topic, case
+
+    def __getitem__(self, name: str) -> Any:
+        USED.add((*self.place, name))
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
 
 @cache
 def weights() -> ModuleType:
@@ -32,8 +50,15 @@ def weights() -> ModuleType:
 def _topic(topic: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     plain, packed = PARITY / "goldens" / f"{topic}.json", PARITY / "goldens" / f"{topic}.json.gz"
     text = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    content = json.loads(text)
+    for name, case in content["cases"].items():
+        case["outputs"] = _Outputs(case["outputs"], topic, name)
     with np.load(PARITY / "goldens" / f"{topic}.npz") as arrays:
-        return json.loads(text), dict(arrays)
+        return content, dict(arrays)
+
+
+def topics() -> list[str]:
+    return sorted(path.stem for path in (PARITY / "goldens").glob("*.npz"))
 
 
 def case_names(topic: str) -> list[str]:

@@ -160,6 +160,9 @@ def test_the_sixteen_channel_first_stage_of_sd3(tmp_path: Path) -> None:
     assert (float(first_stage.shift), float(first_stage.scale)) == pytest.approx((0.0609, 1.5305))
     case.check("decode", first_stage.autoencoder.decode(case.input("z")))
     case.check("moments", first_stage.autoencoder.moments(case.input("x")))
+    latents = load_case("sd3", "latent_format")
+    latents.check("process_in", first_stage.normalise(latents.input("z")))
+    latents.check("process_out", first_stage.denormalise(latents.input("z")))
     known = load_first_stage(tmp_path / "sd3.safetensors", shift=0.1159, scale=0.3611)
     assert (float(known.shift), float(known.scale)) == pytest.approx((0.1159, 0.3611))
 

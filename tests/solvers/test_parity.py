@@ -36,12 +36,14 @@ def run(name: str, case: Case, grid: Grid, x: Tensor, scaled: bool, **options: o
     """Compare the trajectory and the result. scaled: the reference works with x/alpha (k-diffusion's frame)."""
     trajectory: list[Tensor] = []  # x at the beginning of every step
     evaluated: list[Tensor] = []  # x of every call of the denoiser; Heun has two in a step
+    called: list[NoiseLevel] = []
 
     def callback(step: int, level: NoiseLevel, x: Tensor, x0: Tensor) -> None:
         trajectory.append(evaluated[-1])
 
     def recorded(x: Tensor, level: NoiseLevel) -> Tensor:
         evaluated.append(x / float(level.alpha) if scaled else x)
+        called.append(level)
         return denoise(x, level)
 
     churned = "churn" in options
@@ -51,9 +53,17 @@ def run(name: str, case: Case, grid: Grid, x: Tensor, scaled: bool, **options: o
     # Trajectories of k-diffusion begin near 12 or 15: compare relative to that.
     bound = 2e-5 if not scaled else 4e-5
     case.check("final", final, atol=bound)
-    if not churned and "x_after_step" in case.spec["outputs"]:
+    outputs = case.spec["outputs"]
+    if "model_call_sigmas" in outputs:
+        sigmas = [float(level.sigma / level.alpha) for level in called]
+        assert sigmas == pytest.approx(outputs["model_call_sigmas"]["value"], rel=1e-5)
+    if "timesteps" in outputs and name != "plms":  # which has the second time twice
+        expected = case.output("timesteps")
+        rounded = all(time == int(time) for time in expected)
+        assert [float(level.time) for level in called] == pytest.approx(expected, abs=0.5 if rounded else 3e-3)
+    if not churned and "x_after_step" in outputs:
         case.check("x_after_step", torch.stack([*evaluated[1:], final]), atol=2e-5, relative=1e-5)
-    if not churned and "x_before_step" in case.spec["outputs"]:
+    if not churned and "x_before_step" in outputs:
         case.check("x_before_step", torch.stack(trajectory), atol=2e-5, relative=1e-5)
 
 
@@ -286,3 +296,10 @@ def test_times_of_the_official_dpm_solver() -> None:
     case = load_case("solvers_dpm_official", "noise_schedule")
     ours = official_half_log_snr(case.input("t").double().numpy())
     np.testing.assert_allclose(case.output("marginal_lambda"), ours, atol=2e-5)
+    log_alpha = -0.5 * np.log1p(np.exp(-2 * ours))
+    np.testing.assert_allclose(case.output("marginal_log_mean_coeff"), log_alpha, atol=2e-5)
+    np.testing.assert_allclose(case.output("marginal_alpha"), np.exp(log_alpha), atol=2e-5)
+    np.testing.assert_allclose(case.output("marginal_std"), np.sqrt(-np.expm1(2 * log_alpha)), atol=2e-5)
+    np.testing.assert_allclose(case.output("inverse_lambda_of_that"), case.input("t"), atol=2e-5)
+    for steps in STEPS:
+        np.testing.assert_allclose(case.output(f"time_uniform_{steps}"), np.linspace(1, 1e-3, steps + 1), atol=1e-6)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from parity_data import load_case
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
@@ -264,6 +265,36 @@ def test_ema_follows_the_official_warm_up() -> None:
     with ema:
         assert float(module.weight.detach()) == pytest.approx(expected, rel=1e-6)
     assert float(module.weight.detach()) == 4.0
+
+
+def test_ema_is_the_official_one() -> None:
+    """Weight (1, 2) and bias 0.5; before every update the weight grows by 0.1 and the bias falls by 0.2."""
+    module = nn.Linear(2, 1)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        module.bias.fill_(0.5)
+        ema = EMA({"m": module}, 0.9999)
+        for count, first, second, bias in load_case("schedules_ldm", "ema").output("history"):
+            module.weight.add_(0.1)
+            module.bias.sub_(0.2)
+            ema.update()
+            assert ema.updates == count
+            assert ema.averages["m.weight"].flatten().tolist() == pytest.approx([first, second], rel=1e-6)
+            assert float(ema.averages["m.bias"]) == pytest.approx(bias, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2"])
+def test_cosine_decay_is_the_official_one(name: str) -> None:
+    """After the warm-up, which the official code begins at a rate of its own and ours one step earlier."""
+    case = load_case("schedules_ldm", "lr_multipliers")
+    (warmup, steps, low, high) = {
+        "LambdaWarmUpCosineScheduler": (100, 5000, 0.01, 0.1),
+        "LambdaWarmUpCosineScheduler2": (100, 10_000, 0.1, 1.0),
+    }[name]
+    config = OptimizerConfig(learning_rate=high, warmup_steps=warmup, decay="cosine", final_fraction=low / high)
+    official = dict(zip(case.input("steps").tolist(), case.output(name)["values"], strict=True))
+    for step in (100, 101, 500, 1000, 4999, 5000, 6000):
+        assert learning_rate(config, step, steps) == pytest.approx(official[step], rel=1e-6), step
 
 
 def test_old_checkpoints_are_pruned_and_half_written_ones_removed(tmp_path: Path) -> None:
