@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "classifier_guidance": {"denoiser", "diffusion"},
     "inpaint": {"diffusion"},
     "data": set(),
-    "interop": {"networks", "first_stage", "conditioning"},
+    # configs of parts, dicts of tensors, and the tables of a schedule, which files hold
+    "interop": {"networks", "first_stage", "conditioning", "diffusion"},
     # the only place where conditioning, denoiser and first stage meet
     "latent_diffusion": {
         "solvers",
@@ -65,7 +66,9 @@ ALLOWED: dict[str, set[str]] = {
 # What puts the parts together may import everything that does not stand above it.
 COMPOSE = (
     "build",
+    "assemble",
     "model_io",
+    "whole_models",
     "exchange",
     "plan",
     "recipe_source",

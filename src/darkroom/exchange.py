@@ -5,10 +5,10 @@ First stages so far. A file is read again after it was written, and must give ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
@@ -25,11 +25,13 @@ from darkroom.interop.first_stage_files import (
     write_compvis,
     write_diffusers,
 )
+from darkroom.interop.found_model import with_facts
 from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import WEIGHTS, find_source, is_model_folder, read_index
 from darkroom.model_io import build_found, latent_numbers, refuse_official, save, set_latents
 from darkroom.safe_files import new_file, new_folder
+from darkroom.whole_models import ModelConversion, find_whole, found_in_memory, write_whole
 
 Format = Literal["darkroom", "compvis", "diffusers"]
 FORMATS: tuple[Format, ...] = ("darkroom", "compvis", "diffusers")
@@ -64,12 +66,10 @@ def export(
 
     What the layout cannot express is refused by name.
     """
-    if isinstance(model, LatentDiffusion):
-        raise DarkroomError(
-            "whole models cannot be exported by this version, first stages can: export(model.first_stage, ...)"
-        )
     if format not in ("diffusers", "compvis"):
         raise DarkroomError(f'format "{format}" is not known; use "diffusers" or "compvis" (model.save writes ours)')
+    if isinstance(model, LatentDiffusion):
+        return _export_whole(model, _destination(place, format), format, shift, scale)
     config = plain_config(getattr(model, "config_dict", {}) or {"kind": "identity"}, "this first stage")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.autoencoder.state_dict().items()}
     shift = as_number(model.shift) if shift is None else shift
@@ -84,18 +84,30 @@ def export(
     return destination
 
 
+def _export_whole(
+    model: LatentDiffusion, destination: Path, format: str, shift: Number | None, scale: Number | None
+) -> Path:
+    facts = {name: value for name, value in (("shift", shift), ("scale", scale)) if value is not None}
+    return write_whole(with_facts(found_in_memory(model), facts), destination, format).destination
+
+
 def convert(
     source: str | Path,
     destination: str | Path,
     to: str | None = None,
     *,
-    weights: str = "ema",
+    weights: str | None = None,
     shift: Number | None = None,
     scale: Number | None = None,
+    facts: Mapping[str, Any] | None = None,
+    first_stage: bool = False,
     progress: Callable[[int], None] = lambda step: None,
-) -> Conversion:
-    """The first stage of a file or folder in another layout, every tensor checked to come back bit for bit.
+) -> Conversion | ModelConversion:
+    """A file or folder in another layout, every tensor checked to come back bit for bit: the whole model, or the first
+    stage where there is no more, or where `first_stage` asks for it alone.
 
+    weights: "ema" or "live"; None: all that a whole model has, of a first stage the averaged ones where there are some.
+    shift, scale: of the latents; facts: see `load`.
     to: "darkroom", "compvis" or "diffusers"; None: "compvis" for a destination that is named like a weight file, else
     "darkroom". The numbers keep the precision that they are stored in. `progress` is called with 1 to 3.
     """
@@ -103,6 +115,16 @@ def convert(
     if to not in FORMATS:
         raise DarkroomError(f'format "{to}" is not known; use {", ".join(FORMATS)}')
     place = _destination(destination, to)
+    if weights not in (None, *WEIGHTS):
+        raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
+    whole = None if first_stage else find_whole(source)
+    if whole is not None:
+        given = {name: value for name, value in (("shift", shift), ("scale", scale)) if value is not None}
+        progress(1)
+        done = write_whole(with_facts(whole, {**given, **(facts or {})}), place, to, weights or "all")
+        progress(3)
+        return done
+    weights = weights or "ema"
     found = _find(source, weights)
     if "float64" in found.dtypes and to == "darkroom":
         raise DarkroomError(
@@ -134,8 +156,6 @@ def convert(
 
 def _find(source: str | Path, weights: str) -> FoundFirstStage:
     """Weights stay in the file until they are wanted, so that a conversion keeps their precision."""
-    if weights not in WEIGHTS:
-        raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
     path = find_source(source)
     if not is_model_folder(path):
         found = find_first_stage(path)

@@ -116,6 +116,8 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.first_stage, self.denoiser, self.conditioner = first_stage, denoiser, conditioner
         self.info = dict(info or {})
+        # What the official file that it came from held besides, for its export: `Kept` of interop/darkroom_model.py.
+        self.kept: Any = None
         self.eval()
 
     @property

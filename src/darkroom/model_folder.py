@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class ModelIndex:
     @property
     def sha256(self) -> str:
         """Identity of the model: a digest of the digests of all files that decide its images, so not of a preview."""
-        files = {name: digest for name, digest in self.files.items() if not name.startswith("preview/")}
+        beside = ("preview/", "official/")
+        files = {name: digest for name, digest in self.files.items() if not name.startswith(beside)}
         text = json.dumps({"files": files, "references": self.references}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -125,6 +126,12 @@ def read_index(folder: Path) -> ModelIndex:
         place = parts["first_stage"].with_name("preview")
         parts |= {"preview": place} if place.is_dir() else {}
     return ModelIndex(folder, kind, info, parts, references, files, tuple(declared))
+
+
+def index_text(kind: str, info: Mapping[str, Any], places: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """The text of an index. `places`: part -> its folder or {"reference": ...}; `files`: SHA-256 by name."""
+    index = {"format_version": FORMAT_VERSION, "kind": kind, "info": info, "parts": places, "files": files}
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
 def _reference(path: Path, part: str, place: dict[str, Any]) -> dict[str, str]:

@@ -16,25 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from darkroom.assemble import build_model, latent_numbers, owned
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, build_preview
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.preview import PreviewDecoder
 from darkroom.first_stage.statistics import encoder_fingerprint
+from darkroom.interop.darkroom_model import read_kept, save_kept
 from darkroom.interop.diffusers_first_stage import Number
 from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage
+from darkroom.interop.found_model import find_model, with_facts
 from darkroom.interop.tensor_file import is_weight_file, open_tensor_file
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import (
     BUNDLED,
     CONFIG,
-    FORMAT_VERSION,
     INDEX,
     WEIGHTS,
     ModelIndex,
     bundled,
     find_source,
     guess_family,
+    index_text,
     is_model_folder,
     read_index,
 )
@@ -92,20 +95,30 @@ def select_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
 
 
 def load(
-    source: str | Path, weights: str = "ema", device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    source: str | Path,
+    weights: str = "ema",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    facts: Mapping[str, Any] | None = None,
 ) -> LatentDiffusion | FirstStage:
-    """A model in eval mode from a model folder, a run folder or a bundled name (a path wins over a name), or the first
-    stage in an official file (.ckpt, .safetensors) or a diffusers folder of one.
+    """A model in eval mode from a model folder, a run folder or a bundled name (a path wins over a name), or from a
+    file of the official code (.ckpt, .safetensors) or a diffusers folder: a whole model, or a first stage.
 
     `weights`: "ema" (averaged, what training recommends) or "live" (as the last step left them).
     `dtype`: precision of the denoiser's network; everything else stays in float32.
-    A folder that holds only a first stage gives a FirstStage.
+    `facts`: what an official file cannot say and its family's default has wrong: {"prediction": "epsilon"}; see
+    `interop.found_model.FACTS`.
+    What holds only a first stage gives a FirstStage.
     """
     if weights not in WEIGHTS:
         raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
     on, precision = select_device(device), select_dtype(dtype)
     path = find_source(source)
     if not is_model_folder(path):
+        whole = find_model(path)
+        if whole is not None:
+            return _ready(build_model(with_facts(whole, facts or {}), weights, precision), on)
         found = find_first_stage(path)
         if found is None or found.inside:
             refuse_official(path, found)
@@ -128,6 +141,7 @@ def load(
     info = index.info | {"sha256": index.sha256, "path": str(path), "weights": weights}
     model = LatentDiffusion(first_stage, parts["denoiser"], parts["conditioner"], info)
     model.denoiser.network.to(precision)
+    model.kept = read_kept(path)
     return _ready(model, on)
 
 
@@ -170,22 +184,11 @@ def build_found(found: FoundFirstStage, weights: str = "ema") -> FirstStage:
     """Builds and fills what `find_first_stage` found; frozen, in float32."""
     with _SkipInitialisation():
         first_stage = build_first_stage(found.config)
-    state = {f"autoencoder.{name}": tensor for name, tensor in _owned(found.read(weights)).items()}
+    taken: set[int] = set()
+    state = {f"autoencoder.{n}": owned(tensor, torch.float32, taken) for n, tensor in found.read(weights).items()}
     state |= {"shift": torch.tensor(found.shift), "scale": torch.tensor(found.scale)}
     first_stage.load_state_dict(state, strict=True, assign=True)
     return first_stage.requires_grad_(False)
-
-
-def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32 tensors that share no memory, so that they can become parameters as they are; copied only if needed."""
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        is_whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * 4
-        if tensor.dtype != torch.float32 or not is_whole or storage.data_ptr() in taken:
-            tensors[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        taken.add(storage.data_ptr())
-    return tensors
 
 
 def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | None) -> None:
@@ -195,18 +198,6 @@ def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | N
             numbers = latent_numbers(name, value, first_stage.latent_channels)
             setattr(first_stage, name, numbers.to(first_stage.shift.device))
     first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
-
-
-def latent_numbers(name: str, value: Number, channels: int) -> Tensor:
-    """() or (channels,) float32: the shift or scale that someone gave, if it can be one."""
-    numbers = torch.tensor(value, dtype=torch.float32)
-    if numbers.shape not in ((), (channels,)):
-        raise DarkroomError(
-            f"{len(numbers)} numbers for the {name} of {channels} latent channels: give one number, or one per channel"
-        )
-    if not bool(torch.isfinite(numbers).all()) or (name == "scale" and not bool((numbers > 0).all())):
-        raise DarkroomError(f"the {name} of the latents is {value}: it must be finite, and a scale positive")
-    return numbers
 
 
 def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
@@ -339,17 +330,12 @@ def save(
             stored = torch.float16 if part == "preview" else precision
             for name, digest in _save_part(module, temporary / part, raw, stored).items():
                 files[f"{part}/{name}"] = digest
-        index = {
-            "format_version": FORMAT_VERSION,
-            "kind": "first_stage" if isinstance(model, FirstStage) else "latent_diffusion",
-            "info": kept,
-            "parts": places,
-            "files": files,
-        }
+        files |= save_kept(temporary, model.kept) if isinstance(model, LatentDiffusion) else {}
+        kind = "first_stage" if isinstance(model, FirstStage) else "latent_diffusion"
         if card is not None:
             _write_text(temporary / "README.md", card)
-        _write_text(temporary / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-        _keep_other_files(destination, temporary, replaced={INDEX, "README.md", *_BUILD})
+        _write_text(temporary / INDEX, index_text(kind, kept, places, files))
+        _keep_other_files(destination, temporary, replaced={INDEX, "README.md", "official", *_BUILD})
         if verify is not None:
             verify(temporary)
     return destination

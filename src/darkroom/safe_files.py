@@ -20,7 +20,7 @@ import secrets
 import shutil
 import stat
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -297,21 +297,33 @@ def write_safetensors(
 ) -> str:
     """Write one file (not atomic by itself: use it inside `new_folder`, which also flushes); gives its SHA-256.
 
-    Tensors are streamed one by one, so that no second copy of the model is held; equal input gives equal bytes.
+    Equal input gives equal bytes.
     """
+    entries = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
+    return stream_safetensors(path, entries, lambda names: ((name, tensors[name]) for name in names), metadata)
+
+
+def stream_safetensors(
+    path: Path | str,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    produce: Callable[[list[str]], Iterable[tuple[str, Tensor]]],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """As `write_safetensors`, of tensors that are not all in memory: `entries` has dtype (torch's name) and shape of
+    each, and `produce(names)` gives them one after the other in the order that it is told."""
     import torch
 
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)
+    sizes = {name: _DTYPES[_DTYPE_NAMES[dtype]][0] for name, (dtype, _) in entries.items()}
     # Widest elements first, as the reference implementation does: every tensor is then aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(entries, key=lambda name: (-sizes[name], name))
     end = 0
     for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        stored = _DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype, shape = entries[name]
+        start, end = end, end + math.prod(shape) * sizes[name]
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
@@ -324,8 +336,10 @@ def write_safetensors(
 
         put(struct.pack("<Q", len(text)))
         put(text)
-        for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        for wanted, (name, tensor) in zip(names, produce(names), strict=True):
+            is_right = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) == entries[name]
+            assert name == wanted and is_right, f"{name} is not what was announced"
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
             put(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -224,7 +224,7 @@ def test_full_size_first_stages_leave_their_checkpoints(name: str, big_path: Pat
     loaded = load_first_stage(path).autoencoder.state_dict()
     for key, tensor in loaded.items():
         assert same_bits(tensor, torch.from_numpy(made[f"first_stage_model.{key}"])), key
-    convert(path, big_path / "vae", "diffusers")
+    convert(path, big_path / "vae", "diffusers", first_stage=True)
     convert(big_path / "vae", big_path / "vae.safetensors")
     again = open_tensor_file(big_path / "vae.safetensors")
     tensors = again.read(again.shapes)

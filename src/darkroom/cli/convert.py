@@ -1,4 +1,4 @@
-"""`darkroom convert`: a first stage in the layout of another library, and back."""
+"""`darkroom convert`: a model or a first stage in the layout of another library, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 if TYPE_CHECKING:
     from darkroom.exchange import Conversion
     from darkroom.interop.diffusers_first_stage import Number
+    from darkroom.whole_models import ModelConversion
 
 
 @click.command(short_help="Convert checkpoints.")
@@ -20,28 +21,52 @@ if TYPE_CHECKING:
     type=click.Choice(["darkroom", "compvis", "diffusers"]),
     help="Layout to write. [default: compvis for a name that ends in .safetensors or .ckpt, else darkroom]",
 )
-@click.option("--weights", type=click.Choice(["ema", "live"]), default="ema", show_default=True, help="Which weights.")
+@click.option("--first-stage", is_flag=True, help="Only the first stage of a whole model.")
+@click.option("--weights", type=click.Choice(["ema", "live"]), help="Only these of a whole model. [default: all]")
 @click.option("--scale", type=float, help="Scale of the latents, instead of what the source says.")
 @click.option("--shift", type=float, help="Shift of the latents, instead of what the source says.")
+@click.option("--set", "facts", multiple=True, metavar="NAME=VALUE", help="What no tensor tells: prediction=v, ...")
 def convert(
-    source: str, destination: Path, to: str | None, weights: str, scale: float | None, shift: float | None
+    source: str,
+    destination: Path,
+    to: str | None,
+    first_stage: bool,
+    weights: str | None,
+    scale: float | None,
+    shift: float | None,
+    facts: tuple[str, ...],
 ) -> None:
-    """Write the first stage of SOURCE in another layout, and check that every tensor comes back bit for bit.
+    """Write SOURCE in another layout, and check that every tensor comes back bit for bit.
 
-    SOURCE is a file of the official code (a first stage, or a whole checkpoint, of which the first stage is taken), a
-    diffusers folder, a Darkroom model folder or a bundled name. Files are read without running anything in them.
+    SOURCE is a file of the official code (a whole checkpoint or a first stage), a diffusers folder, a Darkroom model
+    folder or a bundled name. Files are read without running anything in them.
 
     \b
+      darkroom convert v1-5-pruned.ckpt sd-v1                    a Darkroom model folder: all of it
+      darkroom convert sd-v1 sd-v1.safetensors                   and back to one official file
+      darkroom convert v2-1.ckpt sd2 --set prediction=epsilon    where its family's default is wrong
       darkroom convert kl-f8.ckpt kl-f8                          a Darkroom model folder
-      darkroom convert v1-5.safetensors vae.safetensors          the first stage of Stable Diffusion, official layout
+      darkroom convert v1-5.safetensors vae.safetensors --first-stage
       darkroom convert runs/clothes/model vae --to diffusers     for diffusers' AutoencoderKL or VQModel
     """
     from darkroom.cli.progress import StepBar
+    from darkroom.cli.train import parse_overrides
+    from darkroom.exchange import Conversion
     from darkroom.exchange import convert as run
 
     with StepBar("convert", total=3) as bar:
-        done = run(source, destination, to, weights=weights, scale=scale, shift=shift, progress=bar.update)
-    for line in _lines(done):
+        done = run(
+            source,
+            destination,
+            to,
+            weights=weights,
+            scale=scale,
+            shift=shift,
+            facts=parse_overrides(facts),
+            first_stage=first_stage,
+            progress=bar.update,
+        )
+    for line in _lines(done) if isinstance(done, Conversion) else _lines_of_model(done):
         click.echo(line)
 
 
@@ -49,7 +74,7 @@ def _lines(done: Conversion) -> list[str]:
     found = done.source
     lines = [f"{found.path}: {found.what}"]
     if found.inside:
-        lines.append(f"  only the first stage of {found.inside}: this version does not convert its other parts")
+        lines.append(f"  only the first stage of {found.inside}")
     left_out = {what: count for what, count in found.left_out.items() if not (found.inside and "other" in what)}
     if left_out:
         lines.append("  left out: " + ", ".join(f"{what} ({_tensors(count)})" for what, count in left_out.items()))
@@ -59,6 +84,21 @@ def _lines(done: Conversion) -> list[str]:
             f"  latents: shift {_number(done.shift)}, scale {_number(done.scale)}: a bare first stage does not say; "
             "Stable Diffusion 1 and 2 have --scale 0.18215, XL has 0.13025"
         )
+    return [*lines, f"{done.destination} ({done.format}): {_tensors(done.tensors)}, bit for bit"]
+
+
+def _lines_of_model(done: ModelConversion) -> list[str]:
+    found = done.source
+    lines = [f"{found.path}: {found.title}"]
+    lines += [f"  {name}: {told}" for name, told in found.facts.items()]
+    if found.latents is not None:
+        lines.append(f"  latents: shift {_number(found.latents[0])}, scale {_number(found.latents[1])}")
+    if found.averaged:
+        which = {"all": "averaged, and as training left them", "ema": "averaged", "live": "as training left them"}
+        lines.append(f"  weights: {which[done.weights]}")
+    if found.kept:
+        verb = "kept for the way back" if done.kept else "left out"
+        lines.append(f"  {verb}: " + ", ".join(f"{what} ({_tensors(n)})" for what, n in found.left_out.items()))
     return [*lines, f"{done.destination} ({done.format}): {_tensors(done.tensors)}, bit for bit"]
 
 

@@ -398,18 +398,23 @@ def write_compvis(
 
     Not atomic by itself: see `new_file`.
     """
-    import torch
-
     notes = compvis_notes(config, shift, scale)
     if destination.suffix.lower() == SAFETENSORS:
         write_safetensors(destination, tensors, {"format": "pt", **notes})
     else:
-        content = {"state_dict": {name: t.contiguous() for name, t in tensors.items()}, **notes}
-        try:
-            with open(destination, "xb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:  # torch's writer hides what the operating system said
-            raise OSError(errno.EIO, str(error).splitlines()[0]) from None
+        write_pickled(destination, tensors, notes)
+
+
+def write_pickled(destination: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """A checkpoint as the official code saves it: the tensors under "state_dict", notes beside it."""
+    import torch
+
+    content = {"state_dict": {name: t.contiguous() for name, t in tensors.items()}, **notes}
+    try:
+        with open(destination, "xb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's writer hides what the operating system said
+        raise OSError(errno.EIO, str(error).splitlines()[0]) from None
 
 
 def write_diffusers(

@@ -1,0 +1,212 @@
+"""Whole models in one file of the official layout: found, and written.
+
+    model.diffusion_model.*     the denoiser's network             first_stage_model.*      the first stage
+    cond_stage_model.*, conditioner.embedders.*, text_encoders.*   the conditioner
+    model_ema.*                 averaged weights of the network, by names without dots
+
+and beside them tables of the schedule, buffers, losses. DiT's official file is the bare network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from darkroom.errors import DarkroomError
+from darkroom.interop import families
+from darkroom.interop.compvis_conditions import Whose, conditions_kind, find_conditions, standard_places
+from darkroom.interop.compvis_first_stage import AVERAGED
+from darkroom.interop.compvis_networks import infer_network, network_kind
+from darkroom.interop.compvis_schedule import BUFFERS, read_schedule
+from darkroom.interop.families import Family, Look
+from darkroom.interop.first_stage_files import EXPORTED_BY, SCALE, Glance, as_number, glance
+from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, some
+from darkroom.interop.tensor_file import TensorFile, open_tensor_file
+from darkroom.interop.tensor_source import FileSource, Shape, Table, same
+
+NETWORK, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+AVERAGED_NETWORK = f"{AVERAGED}diffusion_model"
+
+# Tensors that are no part of our model, by the start of their names, and what they are.
+KEPT: tuple[tuple[str, str], ...] = (
+    *((name, "tables of the noise schedule") for name in (*BUFFERS, "lvlb_weights", "denoiser.sigmas")),
+    (SCALE, "scale of the latents"),
+    (f"{AVERAGED}decay", "state of the averaging"),
+    (f"{AVERAGED}num_updates", "state of the averaging"),
+    (f"{FIRST_STAGE}loss.", "perceptual network and discriminator"),
+    (f"{FIRST_STAGE}colorize", "colours for showing maps"),
+    ("logvar", "log-variance of the loss"),
+    ("low_scale_model.", "tables of the noise on the condition"),
+    ("depth_model.", "network that estimates depth"),
+)
+KEPT_ENDS = (
+    (".position_ids", "positions of the text tower"),
+    (".attn_mask", "mask of the text tower"),
+    (".logit_bias", "temperature of the text tower"),
+)
+
+
+def find_compvis(path: Path) -> FoundModel | None:
+    """The whole model in a weight file; None where there is no denoiser in it that is known here."""
+    file = open_tensor_file(path)
+    prefix = next((p for p in (NETWORK, "") if network_kind(_own(file.shapes, p))), None)
+    if prefix is None or (not prefix and network_kind(file.shapes) != "dit"):
+        return None
+    first_stage = glance(file)
+    if MODEL_NOTE in file.notes and EXPORTED_BY in file.notes:
+        return _noted(file, prefix, first_stage)
+    look = _look(file, prefix, first_stage)
+    family = families.recognise(look, str(path))
+    configs, whose = _configs(file, prefix, first_stage, family, look)
+    tables, averaged, kept = _sorted_out(file, prefix, first_stage, whose, look)
+    facts = {"prediction": f"{family.prediction} (of the family)"}
+    return FoundModel(
+        path=path,
+        layout="compvis",
+        family=family.name,
+        title=family.title,
+        source=FileSource([("", file)]),
+        configs=configs,
+        tables=tables,
+        averaged=averaged,
+        latents=None if first_stage is None else (family.shift, _scale(file, family)),
+        kept=kept,
+        info={"name": path.stem, "family": family.name, "defaults": family.defaults},
+        facts=facts,
+    )
+
+
+def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundModel:
+    """A file that we wrote: what it is stands beside the tensors."""
+    try:
+        note = json.loads(file.notes[MODEL_NOTE])
+        configs, family = dict(note["configs"]), str(note["family"])
+        encoders, latents = dict(configs["conditioner"]["encoders"]), note["latents"]
+        info = {"name": file.path.stem, **note["info"]} | ({} if family == OWN else {"family": family})
+    except (ValueError, KeyError, TypeError):
+        raise DarkroomError(f"{file.path} is damaged: its note about the model cannot be read") from None
+    look = _look(file, prefix, first_stage)
+    if first_stage is None:
+        configs.pop("first_stage", None)
+    else:
+        configs["first_stage"] = {**first_stage.config, **configs.get("first_stage", {})}
+    whose = standard_places(encoders)
+    if look.conditions == "clip":
+        whose = find_conditions(file.shapes, "clip", family).whose  # names of either release
+    tables, averaged, kept = _sorted_out(file, prefix, first_stage, whose, look)
+    return FoundModel(
+        path=file.path,
+        layout="compvis",
+        family=family,
+        title=str(info["name"]),
+        source=FileSource([("", file)]),
+        configs=configs,
+        tables=tables,
+        averaged=averaged,
+        latents=None if latents is None or first_stage is None else (latents[0], latents[1]),
+        kept=kept,
+        info=info,
+        facts={"everything": "noted in the file, which darkroom wrote"},
+    )
+
+
+def _own(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _look(file: TensorFile, prefix: str, first_stage: Glance | None) -> Look:
+    own = _own(file.shapes, prefix)
+    kind = network_kind(own)
+    assert kind is not None
+    traits = {
+        "updown": any(
+            name.startswith("output_blocks.") and ".in_layers." in name and ".0." not in name[:18] for name in own
+        ),
+        "labels": "label_emb.weight" in own,
+        "dual": any(".x_block.attn2." in name for name in own),
+        "qk_norm": any(name.endswith(".attn.ln_q.weight") for name in own),
+    }
+    network = infer_network(own, {}, str(file.path))
+    latent = network["out_channels"] if first_stage is None else first_stage.config["embed_dim"]
+    return Look(
+        network=kind,
+        extra=network["in_channels"] - latent,
+        conditions=conditions_kind(file.shapes),
+        quantised=None if first_stage is None else first_stage.config["codebook_size"] is not None,
+        f=None if first_stage is None else 2 ** (len(first_stage.config["channel_mult"]) - 1),
+        traits=frozenset(name for name, has in traits.items() if has),
+        name=file.path.name.lower(),
+    )
+
+
+def _configs(
+    file: TensorFile, prefix: str, first_stage: Glance | None, family: Family, look: Look
+) -> tuple[dict[str, dict[str, Any]], tuple[Whose, ...]]:
+    network = infer_network(_own(file.shapes, prefix), family.network, str(file.path))
+    schedule = dict(family.schedule)
+    if "betas" in file.shapes:
+        schedule = read_schedule(file.read(["betas"])["betas"], family.schedule, str(file.path))
+    denoiser = {
+        "network": network,
+        "schedule": schedule,
+        "prediction_type": family.prediction,
+        "learned_variance": family.learned_variance,
+    }
+    conditions = find_conditions(file.shapes, look.conditions, family.name)
+    encoders = conditions.encoders
+    if "class" in encoders and encoders["class"].get("slot") == "label":
+        count = network["num_classes"] - 1  # the last is no class
+        encoders = encoders | {"class": encoders["class"] | {"classes": [str(i) for i in range(count)]}}
+    configs: dict[str, dict[str, Any]] = {"denoiser": denoiser, "conditioner": {"encoders": encoders}}
+    if first_stage is not None:
+        configs["first_stage"] = first_stage.config
+    return configs, conditions.whose
+
+
+def _sorted_out(
+    file: TensorFile, prefix: str, first_stage: Glance | None, whose: tuple[Whose, ...], look: Look
+) -> tuple[dict[str, Table], dict[str, Table], dict[str, str]]:
+    """Every tensor of the file: ours, averaged, or kept; any other is an error that names it."""
+    rows = [("denoiser", prefix, "network."), *(("conditioner", w.theirs, w.ours) for w in whose)]
+    if first_stage is not None:
+        rows.append(("first_stage", first_stage.prefix, "autoencoder."))
+    tables: dict[str, dict[str, Any]] = {part: {} for part in ("first_stage", "denoiser", "conditioner")}
+    if first_stage is None:
+        del tables["first_stage"]
+    kept: dict[str, str] = {}
+    rest: list[str] = []
+    for name in file.shapes:
+        what = _kept(name, look)
+        row = next((row for row in rows if name.startswith(row[1])), None)
+        if what is not None:
+            kept[name] = what
+        elif row is not None:
+            part, theirs, ours = row
+            tables[part][ours + name.removeprefix(theirs)] = same(name)
+        else:
+            rest.append(name)
+    without_dots = {AVERAGED_NETWORK + name.removeprefix(prefix).replace(".", ""): ours
+                    for ours, place in tables["denoiser"].items() for name in place.names}  # fmt: skip
+    means = {without_dots[name]: same(name) for name in rest if name in without_dots}
+    unknown = [name for name in rest if name not in without_dots]
+    if means and (lacking := tables["denoiser"].keys() - means.keys()):
+        raise DarkroomError(f"{file.path} lacks the averaged copies of {len(lacking)} tensors ({some(list(lacking))})")
+    if unknown:
+        raise DarkroomError(f"{file.path} holds {len(unknown)} tensors of no known part ({some(unknown)})")
+    return dict(tables), {"denoiser": means} if means else {}, kept
+
+
+def _kept(name: str, look: Look) -> str | None:
+    if look.conditions == "first_stage" and name.startswith(CONDITION):
+        return "first stage, listed again as the condition's"
+    if look.conditions == "boxes" and name.startswith(f"{CONDITION}transformer.to_logits."):
+        return "unused output layer of the text tower"
+    found = next((what for start, what in KEPT if name == start or (start[-1] == "." and name.startswith(start))), None)
+    return found or next((what for end, what in KEPT_ENDS if name.endswith(end)), None)
+
+
+def _scale(file: TensorFile, family: Family) -> Any:
+    """Of the latents: measured and stored in some files, else the family's."""
+    return as_number(file.read([SCALE])[SCALE].float()) if SCALE in file.shapes else family.scale

@@ -1,0 +1,201 @@
+"""Darkroom model folders as found models, and found models written as such folders, tensor by tensor.
+
+What an official file held and the model does not need is kept in `official/kept.safetensors`, so that the way back
+gives it again: small things mostly, but also the perceptual network and discriminator of some files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darkroom.errors import DarkroomError
+from darkroom.interop.content import Content
+from darkroom.interop.first_stage_files import as_number
+from darkroom.interop.found_model import KEPT_FILE, LATENTS, FoundModel
+from darkroom.interop.tensor_file import TensorFile, open_tensor_file
+from darkroom.interop.tensor_source import FileSource, Shape, Table, same
+from darkroom.safe_files import read_json, sha256_of, stream_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CARRIED = 2**18  # elements of a kept tensor that a loaded model carries along
+CONFIG, AVERAGED, LIVE = "config.json", "model.safetensors", "model.live.safetensors"
+
+
+def find_darkroom(path: Path, places: Mapping[str, Path], info: Mapping[str, Any]) -> FoundModel:
+    """A model folder. `places`: by part, the folder of its files."""
+    files: list[tuple[str, TensorFile]] = []
+    tables: dict[str, Table] = {}
+    averaged: dict[str, Table] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    latents = None
+    for part, place in places.items():
+        configs[part] = read_json(place / CONFIG, "config")
+        first = open_tensor_file(place / AVERAGED)
+        files.append((f"{part}/", first))
+        table = {name: same(f"{part}/{name}") for name in first.shapes}
+        if part == "first_stage":
+            values = first.read(LATENTS)
+            latents = (as_number(values["shift"]), as_number(values["scale"]))
+            table = {name: spot for name, spot in table.items() if name not in LATENTS}
+        tables[part] = table
+        if (place / LIVE).is_file():
+            averaged[part] = table
+            live = open_tensor_file(place / LIVE)
+            files.append((f"live/{part}/", live))
+            tables[part] = {name: same(f"live/{part}/{name}") for name in live.shapes if name not in LATENTS}
+    kept: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    renamed: dict[str, str] = {}
+    if (path / KEPT_FILE).is_file():
+        file = open_tensor_file(path / KEPT_FILE)
+        files.append(("official/", file))
+        kept, aliases, renamed = _notes(file)
+    family = str(info.get("family", "own"))
+    return FoundModel(
+        path=path,
+        layout="darkroom",
+        family=family,
+        title=str(info.get("name", path.name)),
+        source=FileSource(files),
+        configs=configs,
+        tables=tables,
+        averaged=averaged,
+        latents=latents,
+        kept=kept,
+        kept_prefix="official/",
+        aliases=aliases,
+        renamed=renamed,
+        info=dict(info),
+    )
+
+
+def _notes(file: TensorFile) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """What the kept tensors are; official names with another's tensor; our names with unusual official ones."""
+    try:
+        tables = [json.loads(file.notes.get(key, "{}")) for key in ("what", "aliases", "renamed")]
+    except ValueError:
+        tables = [None]
+    if not all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables):
+        raise DarkroomError(f"{file.path} is damaged: its tables of names cannot be read; convert the model again")
+    what, aliases, renamed = tables
+    copied = dict.fromkeys(aliases, "first stage, listed again")
+    return {name: what.get(name, "kept") for name in file.shapes} | copied, aliases, renamed
+
+
+def write_parts(
+    folder: Path,
+    found: FoundModel,
+    configs: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, Mapping[str, Shape]],
+    weights: str,
+) -> dict[str, str]:
+    """The parts' folders, each with its config and weights; gives the SHA-256 of each file. `configs`: complete ones.
+
+    weights: "all" (averaged ones, and beside them those of the last step), or one of "ema" and "live".
+    """
+    digests: dict[str, str] = {}
+    first = found.tables_of("ema" if weights == "all" else weights)
+    for part, names in shapes.items():
+        place = folder / part
+        place.mkdir()
+        with open(place / CONFIG, "x", encoding="utf-8") as file:
+            file.write(json.dumps(configs[part], indent=2, ensure_ascii=False) + "\n")
+        digests[f"{part}/{CONFIG}"] = sha256_of(place / CONFIG)
+        digests[f"{part}/{AVERAGED}"] = _write_part(place / AVERAGED, found, part, first[part], names)
+        if weights == "all" and part in found.averaged:
+            digests[f"{part}/{LIVE}"] = _write_part(place / LIVE, found, part, found.tables[part], names)
+    return digests
+
+
+def _write_part(path: Path, found: FoundModel, part: str, table: Table, shapes: Mapping[str, Shape]) -> str:
+    content = Content(ready=_latents(found) if part == "first_stage" else {})
+    content.add({name: same(name) for name in table}, found.source, table, shapes)
+    return stream_safetensors(path, content.entries(), content.produce)
+
+
+def _latents(found: FoundModel) -> dict[str, Tensor]:
+    import torch
+
+    assert found.latents is not None
+    return {name: torch.tensor(value) for name, value in zip(LATENTS, found.latents, strict=True)}
+
+
+def write_kept(folder: Path, found: FoundModel, renamed: Mapping[str, str]) -> dict[str, str]:
+    """The tensors that the model does not need; those that are equal to one of the model's are noted instead."""
+    if not found.kept:
+        return {}
+    aliases = found.aliases or _copies(found)
+    content = Content()
+    for name in found.kept:
+        if name not in aliases:
+            content.copied[name] = (found.source, found.kept_place(name))
+    path = folder / KEPT_FILE
+    path.parent.mkdir()
+    tables = {"what": {name: what for name, what in found.kept.items() if name in content.copied},
+              "aliases": aliases, "renamed": dict(renamed)}  # fmt: skip
+    notes = {key: json.dumps(table) for key, table in tables.items()}
+    return {KEPT_FILE: stream_safetensors(path, content.entries(), content.produce, notes)}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a loaded model carries along of its official file, so that an export gives it back: small tensors by their
+    official names, and names of others; see `FoundModel`."""
+
+    tensors: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+    renamed: Mapping[str, str]
+
+
+def kept_of(found: FoundModel) -> Kept | None:
+    """Without what is large."""
+    if not found.kept:
+        return None
+    aliases = found.aliases or _copies(found)
+    small = [
+        n for n in found.kept if n not in aliases and math.prod(found.source.shapes[found.kept_place(n)]) <= CARRIED
+    ]
+    tensors = {n: found.source.read([found.kept_place(n)])[found.kept_place(n)] for n in small}
+    return Kept(tensors, aliases, found.renamed)
+
+
+def save_kept(folder: Path, kept: Kept | None) -> dict[str, str]:
+    """Into a model folder; gives the SHA-256 of the file, if there is one."""
+    if kept is None:
+        return {}
+    (folder / KEPT_FILE).parent.mkdir()
+    notes = {"aliases": json.dumps(kept.aliases), "renamed": json.dumps(kept.renamed)}
+    return {KEPT_FILE: write_safetensors(folder / KEPT_FILE, kept.tensors, notes)}
+
+
+def read_kept(folder: Path) -> Kept | None:
+    """That of a model folder."""
+    if not (folder / KEPT_FILE).is_file():
+        return None
+    file = open_tensor_file(folder / KEPT_FILE)
+    _, aliases, renamed = _notes(file)
+    small = [name for name, shape in file.shapes.items() if math.prod(shape) <= CARRIED]
+    return Kept(file.read(small), aliases, renamed)
+
+
+def _copies(found: FoundModel) -> dict[str, str]:
+    """Kept tensors -> the official name of one of the first stage's that is equal to it, bit for bit."""
+    from darkroom.interop.compvis_model import CONDITION, FIRST_STAGE
+    from darkroom.interop.first_stage_files import same_bits
+
+    result = {}
+    for name in found.kept:
+        original = FIRST_STAGE + name.removeprefix(CONDITION)
+        if not name.startswith(CONDITION) or found.source.shapes.get(original) != found.source.shapes[name]:
+            continue
+        pair = found.source.read([name, original])
+        if same_bits(pair[name], pair[original]):
+            result[name] = original
+    return result
