@@ -13,13 +13,16 @@ from darkroom.build import build_conditioner, build_denoiser, build_first_stage,
 from darkroom.conditioning.classes import ClassEncoderConfig
 from darkroom.conditioning.text import TextEncoderConfig
 from darkroom.denoiser import DenoiserConfig
+from darkroom.diffusion.grids import Grid
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
 from darkroom.errors import DarkroomError
 from darkroom.guidance import Guided
 from darkroom.latent_diffusion import LatentDiffusion, Request
 from darkroom.networks.unet import UNetConfig
+from darkroom.objective import ObjectiveConfig
 from darkroom.solvers import SOLVERS
+from darkroom.training import denoiser_step
 
 CAPTIONS = ["a red circle", "a blue square above a green ring"]
 
@@ -102,6 +105,34 @@ def test_size_progress_and_defaults(model: LatentDiffusion) -> None:
     assert result.images.shape == (2, 8, 24, 3) and result.images.dtype == np.uint8
     assert result.latents.shape == (2, 4, 4, 12)
     assert seen == [(i, 8) for i in range(1, 9)]
+
+
+def test_a_shift_that_follows_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and generation tell the schedule how large the latents are."""
+    model = make_model()
+    model.denoiser.schedule = make_schedule(ScheduleConfig(kind="flow", shift_rule="sqrt", shift_places=(16, 64)))
+    grids: list[Grid] = []
+
+    def spy(denoise: Any, x: Any, grid: Grid, noise: Any, **options: Any) -> Any:
+        grids.append(grid)
+        return x
+
+    monkeypatch.setitem(SOLVERS, "euler", spy)
+    for size in ((8, 8), (16, 16), (24, 32)):  # 16, 64 and 192 places
+        model.generate(CAPTIONS[0], seed=1, solver="euler", size=size)
+    steepness = [float(g[1].sigma / (1 - g[1].sigma)) for g in grids]
+    assert steepness[1] / steepness[0] == pytest.approx(2) and steepness[2] / steepness[0] == pytest.approx(12**0.5)
+
+    seen: list[int | None] = []
+
+    def times(config: Any, schedule: Any, batch: int, generator: Any, places: int | None = None) -> Any:
+        seen.append(places)
+        return torch.full((batch,), 500.0, dtype=torch.float64)
+
+    monkeypatch.setattr(denoiser_step, "sample_time", times)
+    phase = denoiser_step.DenoiserPhase(model.denoiser, model.conditioner, model.first_stage, ObjectiveConfig())
+    phase({"image": torch.zeros(2, 3, 16, 24), "text": CAPTIONS}, torch.Generator().manual_seed(0), 0)
+    assert seen == [8 * 12]
 
 
 def test_class_and_unconditional_and_pixel_models() -> None:

@@ -383,7 +383,7 @@ class LatentDiffusion(nn.Module):
         denoise: Guided | ClassifierGuided = self._guided(request, part, guides.model)
         if (c := guides.classifier) is not None:
             denoise = ClassifierGuided(denoise, c.classifier, c.labels_of(len(request.seeds))[part], c.scale)
-        grid = self.grid(request.solver, request.steps)
+        grid = self.grid(request.solver, request.steps, shape[1] * shape[2])
         options: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
         if request.solver == "ddpm" and self.denoiser.learned_variance:
             options["variance"] = "learned"
@@ -424,9 +424,10 @@ class LatentDiffusion(nn.Module):
             result[name] = request.guidance_scale if own is None else own
         return result
 
-    def grid(self, solver: str, steps: int) -> Grid:
-        """The inference levels of a solver on this model's schedule."""
-        return make_grid(self.denoiser.schedule, steps, spacing=default_spacing(solver, self.denoiser.schedule))
+    def grid(self, solver: str, steps: int, places: int | None = None) -> Grid:
+        """The inference levels of a solver on this model's schedule; places: h*w of the latents, see `shift_rule`."""
+        schedule = self.denoiser.schedule
+        return make_grid(schedule, steps, spacing=default_spacing(solver, schedule), places=places)
 
     def encode_condition(self, request: Request, part: slice) -> Conditioning:
         """The conditioning of some images of a validated request; what is not given is null."""

@@ -181,3 +181,48 @@ def test_bad_requests_are_one_line() -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(DarkroomError):
         make_grid(SD, 10, "karras", sigma_min=2.0, sigma_max=1.0)
+
+
+# ---- a shift that follows the size of latents
+
+
+def test_shift_grows_with_the_root_of_the_places() -> None:
+    """Esser et al. 2024, eq. 23: equal uncertainty at m places where n had s: shift sqrt(m/n), of what n had."""
+    config = ScheduleConfig(kind="flow", shift=3.0, shift_rule="sqrt", shift_places=(4096, 16384))
+    schedule = make_schedule(config)
+    for side, shift in ((64, 3.0), (128, 6.0), (32, 1.5)):
+        ours = make_grid(schedule, 10, "linear", places=side * side)
+        assert torch.equal(ours.levels.sigma, make_grid(FLOW, 10, "linear", shift=shift).levels.sigma)
+        official = make_grid(schedule, 10, "sd3", places=side * side)
+        assert torch.equal(official.levels.sigma, make_grid(FLOW, 10, "sd3", shift=shift).levels.sigma)
+    # Nobody says how large: that of the config.
+    unknown = make_grid(schedule, 10, "linear").levels.sigma
+    assert torch.equal(unknown, make_grid(FLOW, 10, "linear", shift=3.0).levels.sigma)
+    # The paper's reason: a constant image seen through noise. (1-t) c + t n / sqrt(places) has one uncertainty.
+    t = make_grid(FLOW, 10, "linear").levels.sigma[1:-1]
+    shifted = make_grid(make_schedule(ScheduleConfig(kind="flow", shift_rule="sqrt")), 10, "linear", places=4096)
+    moved = shifted.levels.sigma[1:-1]
+    torch.testing.assert_close(moved / (1 - moved) / 4096**0.5, t / (1 - t) / 1024**0.5)
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 1600, 4096])
+def test_linear_shift_is_that_of_diffusers(tokens: int) -> None:
+    """FLUX: mu is linear in the number of tokens, 0.5 at 256 and 1.15 at 4096; a token is 2x2 places."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = ScheduleConfig(kind="flow", shift=math.exp(0.5), shift_rule="linear", shift_end=math.exp(1.15))
+    grid = make_grid(make_schedule(config), 12, "linear", places=4 * tokens)
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    theirs.set_timesteps(sigmas=[1 - i / 12 for i in range(12)], mu=mu)
+    torch.testing.assert_close(grid.levels.sigma, theirs.sigmas.double(), atol=1e-6, rtol=0)
+
+
+def test_bad_shifts() -> None:
+    for options in (
+        {"shift_end": 0.0},
+        {"shift_rule": "linear", "shift_places": (4096, 4096)},
+        {"shift_rule": "sqrt", "shift_places": (0, 1)},
+    ):
+        with pytest.raises(DarkroomError, match="schedule shift_"):
+            make_schedule(ScheduleConfig(kind="flow", **options))  # type: ignore[arg-type]

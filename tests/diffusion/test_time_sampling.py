@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ def draw(schedule: NoiseSchedule, count: int = 100_000, **options: object) -> Te
     return sample_time(config, schedule, count, torch.Generator().manual_seed(5))
 
 
-def schedule(kind: str, **options: float) -> NoiseSchedule:
+def schedule(kind: str, **options: object) -> NoiseSchedule:
     return make_schedule(ScheduleConfig(kind=kind, **options))  # type: ignore[arg-type]
 
 
@@ -55,6 +57,24 @@ def test_shift_adds_log_shift_to_the_logit() -> None:
     assert float(torch.logit(s).median()) == pytest.approx(torch.log(torch.tensor(3.0)).item(), abs=0.02)
     uniform = draw(schedule("flow", shift=3.0)) / 1000
     assert float(uniform.median()) == pytest.approx(3 * 0.5 / (1 + 2 * 0.5), abs=0.01)
+
+
+def test_times_follow_the_size_of_latents() -> None:
+    """With four times the places the same draws are shifted twice as much; other schedules do not care."""
+    flow = schedule("flow", shift=1.5, shift_rule="sqrt")
+    config = TimeSamplingConfig(time_sampling="logit_normal")
+    small, large, unknown = (
+        torch.logit(sample_time(config, flow, 1000, torch.Generator().manual_seed(0), places) / 1000)
+        for places in (1024, 4096, None)
+    )
+    torch.testing.assert_close(large - small, torch.full_like(small, math.log(2)))
+    assert torch.equal(small, unknown)
+    for kind in ("ldm", "edm"):
+        one, other = (
+            sample_time(TimeSamplingConfig(), schedule(kind), 8, torch.Generator().manual_seed(0), places)
+            for places in (16, None)
+        )
+        assert torch.equal(one, other)
 
 
 def test_edm_distribution() -> None:

@@ -11,13 +11,8 @@ from darkroom.conditioning.maps import DepthEncoder, LowResolutionEncoder, Maske
 from darkroom.conditioning.segmentation import SegmentationEncoder, SegmentationTokens
 from darkroom.conditioning.sizes import SizesEncoder
 from darkroom.conditioning.text import TextEncoder
-from darkroom.conditioning.text_towers import (
-    ClipEncoder,
-    OpenClipEncoder,
-    SD3TextEncoder,
-    SDXLTextEncoder,
-    T5TextEncoder,
-)
+from darkroom.conditioning.text_arrangements import SD3TextEncoder, SDXLTextEncoder
+from darkroom.conditioning.text_towers import ClipEncoder, OpenClipEncoder, T5TextEncoder
 from darkroom.conditioning.vectors import LabelEncoder, VectorEncoder
 
 ENCODERS: dict[str, type[ConditionEncoder]] = {

@@ -7,7 +7,7 @@ Shapes: B batch, K numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -46,7 +46,10 @@ class SizesEncoderConfig(EncoderConfig):
 
 class SizesEncoder(ConditionEncoder):
     """Numbers (B, K) -> `vector` (B, K * width). It has no absence: guidance has the same sizes on both sides, those of
-    the image that is made unless others are asked for. Data without this field has whole pictures of its own size."""
+    the image that is made unless others are asked for. Data without this field has whole pictures of its own size; with
+    `data.sizes` every example tells its own, the random crop included.
+
+    The value of one image is its K numbers, or a dict of the parts by name, as the data gives it."""
 
     config_class = SizesEncoderConfig
 
@@ -80,22 +83,26 @@ class SizesEncoder(ConditionEncoder):
 
     def from_size(self, size: tuple[int, int]) -> Tensor:
         """(K,): of a picture that always had this (width, height)."""
-        whole = (float(size[1]), float(size[0]))
-        values = {"original_size": whole, "crop": (0.0, 0.0), "target_size": whole}
-        scores = {"aesthetic_score": (self.config.score,)}
-        return torch.tensor([n for part in self.config.parts for n in (values | scores)[part]])
+        return self._numbers(_whole(size))
 
     def from_request(self, field: str, value: Any, size: tuple[int, int]) -> Tensor:
-        return self._numbers(value)
+        """What a dict leaves out is that of the whole image."""
+        return self._numbers({**_whole(size), **value} if isinstance(value, Mapping) else value)
 
     def record(self, field: str, value: Any) -> list[float]:
         return [float(number) for number in value]
 
     def several(self, value: Any) -> bool:
-        """A list of lists; one list of numbers is for all images."""
-        return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (list, tuple, Tensor))
+        """A list of lists or of dicts; one list of numbers is for all images."""
+        return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (list, tuple, Tensor, Mapping))
 
     def _numbers(self, value: Any) -> Tensor:
+        if isinstance(value, Mapping):
+            known = {"aesthetic_score": self.config.score, **value}
+            if set(known) - set(NUMBERS) or not set(self.config.parts) <= set(known):
+                raise DarkroomError(f"sizes: {self._wanted()}, not {', '.join(map(str, value)) or 'nothing'}")
+            pairs = [known[part] for part in self.config.parts]
+            value = [n for pair in pairs for n in (pair if isinstance(pair, (list, tuple)) else [pair])]
         try:
             numbers = torch.as_tensor(value, dtype=torch.float32)
         except (TypeError, ValueError):
@@ -106,3 +113,8 @@ class SizesEncoder(ConditionEncoder):
 
     def _wanted(self) -> str:
         return f"give {self.count} numbers: {', '.join(self.config.parts)}"
+
+
+def _whole(size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Of a picture that always had this (width, height)."""
+    return {"original_size": (size[1], size[0]), "crop": (0, 0), "target_size": (size[1], size[0])}

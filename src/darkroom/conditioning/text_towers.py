@@ -1,4 +1,4 @@
-"""Text through published towers: CLIP, OpenCLIP, T5, and the arrangements of several in SDXL and SD 3.
+"""Text through published towers: CLIP, OpenCLIP, T5, alone or several together (see `text_arrangements`).
 
 Sources: Rombach et al. 2022 (SD 1 and 2: one tower); Podell et al. 2023, sec. 2.1 (SDXL: two, joined along channels);
 Esser et al. 2024, sec. 4 (SD 3: those two, and T5 along tokens).
@@ -203,6 +203,14 @@ class TowersConfig(EncoderConfig):
     trainable: bool = False
 
 
+@dataclass(frozen=True)
+class PartlyDropped:
+    """A text, and the towers that training keeps from reading it."""
+
+    text: Any
+    towers: frozenset[str]
+
+
 class TextTowers(ConditionEncoder):
     """Texts -> `context` (B, sum of the rows' L, D), and `vector` if `pooled` names towers.
 
@@ -211,6 +219,7 @@ class TextTowers(ConditionEncoder):
     pooled: towers whose pooled vectors are joined
     width:  D, up to which narrower rows are filled with zeros; None: that of the widest row
     blank:  a row of this many zero vectors at the end, in the place of a tower that is left out
+    drop_rates: by tower, the share of training examples for which it alone is dropped
 
     A text is a string, token ids, or a mapping of ids by the name of the tower. Bare ids go to all towers of CLIP's
     vocabulary, each with its own padding.
@@ -224,6 +233,7 @@ class TextTowers(ConditionEncoder):
         pooled: Sequence[str] = (),
         width: int | None = None,
         blank: int = 0,
+        drop_rates: Mapping[str, float] | None = None,
     ) -> None:
         widest = max(sum(towers[name].width for name in row) for row in rows)
         if width is not None and width < widest:
@@ -237,6 +247,12 @@ class TextTowers(ConditionEncoder):
             if len(lengths) > 1:
                 raise DarkroomError(f"text: towers of one row have the lengths {sorted(lengths)}; give them one")
         self.config = config
+        self.drop_rates = dict(drop_rates or {})
+        for name, rate in self.drop_rates.items():
+            if name not in towers or not 0 <= rate <= 1:
+                raise DarkroomError(
+                    f"text: drop_rates has {name}: {rate}; give shares between 0 and 1 for {', '.join(towers)}"
+                )
         self.towers = nn.ModuleDict(dict(towers))
         self.rows, self.pooled, self.blank = rows, pooled, blank
         self.requires_grad_(False)
@@ -260,11 +276,27 @@ class TextTowers(ConditionEncoder):
             _ = tower.tokenizer
         return to_dict(self.config) if concerned else {}  # the towers' configs are parts of it
 
+    def augment(self, values: Sequence[Any] | Tensor, generator: torch.Generator) -> Sequence[Any] | Tensor:
+        """Each tower is dropped by its own rate, independently of the others; draws are made for all of them."""
+        if not self.drop_rates:
+            return values
+        names = list(self.towers)
+        rates = torch.tensor([self.drop_rates.get(name, 0.0) for name in names])
+        dropped = torch.rand(len(values), len(names), generator=generator) < rates
+        return [
+            PartlyDropped(value, frozenset(n for n, d in zip(names, row, strict=True) if d))
+            for value, row in zip(values, dropped.tolist(), strict=True)
+        ]
+
     def _for_tower(self, values: Sequence[Any], name: str, tower: TextTower) -> list[Any]:
         """Each example's text as this tower takes it."""
         result: list[Any] = []
         for value in values:
-            if isinstance(value, Mapping):
+            if isinstance(value, PartlyDropped):
+                value = None if name in value.towers else value.text
+            if value is None:
+                result.append(None)
+            elif isinstance(value, Mapping):
                 family = VOCABULARY[tower.use.family]
                 if name not in value and family not in value:
                     raise DarkroomError(
@@ -283,10 +315,10 @@ class TextTowers(ConditionEncoder):
         return result
 
     def _encode(self, values: Sequence[Any]) -> Conditioning:
-        found = {
-            name: tower(self._for_tower(values, name, tower), self.config.use_mask)
-            for name, tower in self._towers().items()
-        }
+        found = {}
+        for name, tower in self._towers().items():
+            read = tower(self._for_tower(values, name, tower), self.config.use_mask)
+            found[name] = self._without_dropped(name, values, *read)
         width = self.widths["context"]
         rows, masks = [], []
         for row in self.rows:
@@ -302,6 +334,18 @@ class TextTowers(ConditionEncoder):
             context_mask=torch.cat(masks, dim=1) if self.config.use_mask else None,
             vector=torch.cat(pooled, dim=1) if pooled else None,
         )
+
+    def _without_dropped(
+        self, name: str, values: Sequence[Any], context: Tensor, pooled: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What a tower gave, with zeros for the examples for which it was dropped, if that is what stands for no text;
+        otherwise it has read the empty text there."""
+        dropped = [isinstance(value, PartlyDropped) and name in value.towers for value in values]
+        if self.config.no_text == "empty" or not any(dropped):
+            return context, pooled, mask
+        kept = torch.tensor([not d for d in dropped], device=context.device)
+        zeroed = None if pooled is None else pooled * kept[:, None]
+        return context * kept[:, None, None], zeroed, mask
 
     def encode(self, values: Sequence[Any] | Tensor) -> Conditioning:
         """B texts, or token ids (B, L) as one tensor."""
@@ -405,104 +449,3 @@ class OpenClipEncoder(OneTower):
 
 class T5TextEncoder(OneTower):
     config_class = T5EncoderConfig
-
-
-# ---------------------------------------------------------------------------------------------------- arrangements
-
-
-@dataclass
-class SDXLTextConfig(TowersConfig):
-    """SDXL's two towers: penultimate states of CLIP-L and of OpenCLIP bigG, joined along channels (2048 wide); bigG's
-    pooled, projected text as `vector` (1280). No text is zeros.
-
-    clip_l, clip_g: the towers; without clip_l it is the refiner's, which reads bigG alone
-    weights:        of both, where they do not name their own: a pipeline's folder or a whole checkpoint
-    """
-
-    kind: str = "sdxl_text"
-    no_text: Literal["empty", "zeros"] = "zeros"
-    clip_l: TowerConfig | None = dataclass_field(default_factory=TowerConfig)
-    clip_g: TowerConfig = dataclass_field(default_factory=TowerConfig)
-    weights: str | None = None
-
-    uses: ClassVar[dict[str, Use]] = {
-        "clip_l": Use("clip", "ViT-L-14", skip_layers=1, final_norm=False),
-        "clip_g": Use("open_clip", "ViT-bigG-14", skip_layers=1, final_norm=False, pool="projected"),
-    }
-
-    def completed(self, name: str, data: DataFacts) -> Self:
-        return _all_completed(self)
-
-
-@dataclass
-class SD3TextConfig(TowersConfig):
-    """SD 3's three towers: penultimate states of CLIP-L and CLIP bigG joined along channels and filled up to T5's
-    width, then T5's along tokens (4096 wide); the pooled texts of both CLIPs as `vector` (2048).
-
-    clip_l, clip_g, t5: the towers; without t5 zeros take the place of its tokens, which the model was trained for
-    t5_length:    the number of those zeros
-    project_l:    whether CLIP-L's pooled text is projected: not in the official code; yes in the diffusers library
-    context_dim:  D; null: that of T5
-    weights:      of all, where they do not name their own: a pipeline's folder or a whole checkpoint
-    """
-
-    kind: str = "sd3_text"
-    clip_l: TowerConfig = dataclass_field(default_factory=TowerConfig)
-    clip_g: TowerConfig = dataclass_field(default_factory=TowerConfig)
-    t5: TowerConfig | None = dataclass_field(default_factory=TowerConfig)
-    t5_length: int = 77
-    project_l: bool = False
-    context_dim: int | None = None
-    weights: str | None = None
-
-    uses: ClassVar[dict[str, Use]] = {
-        "clip_l": Use("clip", "ViT-L-14", skip_layers=1, final_norm=False, pool="plain"),
-        "clip_g": Use("clip", "ViT-bigG-14", skip_layers=1, final_norm=False, pool="projected"),
-        "t5": Use("t5", "t5-v1_1-xxl"),
-    }
-
-    def completed(self, name: str, data: DataFacts) -> Self:
-        return _all_completed(self)
-
-
-def _all_completed(config: Any) -> Any:
-    """An arrangement's config with every tower's vocabulary read into it."""
-    towers = {name: getattr(config, name) for name in config.uses}
-    found = {
-        name: with_vocabulary(tower, tower.family or config.uses[name].family, config.weights)
-        for name, tower in towers.items()
-        if tower is not None
-    }
-    return replace(config, **found)
-
-
-class SDXLTextEncoder(TextTowers):
-    config_class = SDXLTextConfig
-
-    @classmethod
-    def build(cls, config: SDXLTextConfig, parts: Parts) -> SDXLTextEncoder:
-        towers = {
-            name: make_tower(tower, use, parts)
-            for name, use in config.uses.items()
-            if (tower := getattr(config, name)) is not None
-        }
-        return cls(config, towers, [list(towers)], ["clip_g"])
-
-
-class SD3TextEncoder(TextTowers):
-    config_class = SD3TextConfig
-
-    @classmethod
-    def build(cls, config: SD3TextConfig, parts: Parts) -> SD3TextEncoder:
-        uses = dict(config.uses)
-        if config.project_l:
-            uses["clip_l"] = replace(uses["clip_l"], pool="projected")
-        towers = {
-            name: make_tower(tower, use, parts)
-            for name, use in uses.items()
-            if (tower := getattr(config, name)) is not None
-        }
-        rows = [["clip_l", "clip_g"], *([["t5"]] if "t5" in towers else [])]
-        width = config.context_dim or (4096 if config.t5 is None else None)
-        blank = config.t5_length if config.t5 is None else 0
-        return cls(config, towers, rows, ["clip_l", "clip_g"], width, blank)

@@ -17,16 +17,16 @@ from darkroom.errors import DarkroomError
 
 
 class MixtureDataset(ImageDataset):
-    """The parts one behind the other. Of the fields only `image` and `text` are kept, and text only where every example
-    has one: class numbers of different sources do not mean the same."""
+    """The parts one behind the other. Of the fields only `image`, `text` and `sizes` are kept, the latter where every
+    example has one: class numbers of different sources do not mean the same."""
 
     def __init__(self, config: DataConfig, split: str, open_part: Callable[[DataConfig, str], ImageDataset]) -> None:
         super().__init__(config, split)
         if config.limit is not None:
             raise DarkroomError('limit cuts one source; in a mixture say "PATH@COUNT" for each that is too large')
         self.parts = [open_part(part, side) for part, side in _parts(config, split)]
-        text = all("text" in part.fields for part in self.parts)
-        self.fields = ("image", "text") if text and self.parts else ("image",)
+        kept = [name for name in ("text", "sizes") if self.parts and all(name in part.fields for part in self.parts)]
+        self.fields = ("image", *kept)
         self.problems = [problem for part in self.parts for problem in part.problems]
         self._ends = list(accumulate(len(part) for part in self.parts))
         identity = [part.digest for part in self.parts]
@@ -49,8 +49,8 @@ class MixtureDataset(ImageDataset):
 
     def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
         part, number = self.place(index)
-        names = {"text"} if wanted is None else {"text"} & set(wanted)
-        return part.without_image(number, names & set(self.fields))
+        kept = set(self.fields) - {"image"}
+        return part.without_image(number, kept if wanted is None else kept & set(wanted))
 
     def captions(self) -> list[str]:
         return [text for part in self.parts for text in part.captions()] if "text" in self.fields else []

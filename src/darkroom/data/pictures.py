@@ -29,13 +29,15 @@ from darkroom.data.transforms import (
     labels_to_network,
     mask_to_network,
     read_vector,
+    sizes_of,
 )
 from darkroom.errors import DarkroomError
 from darkroom.pixel_format import PixelFormat
 
 IN_MEMORY_BYTES = 1_500_000_000  # decoded sets up to this size are decoded once, when they are opened
 
-# By field: image (C,H,W), boxes (n,5), segmentation (H,W), repaint_mask and depth (1,H,W), embedding (D,).
+# By field: image (C,H,W), boxes (n,5), segmentation (H,W), repaint_mask and depth (1,H,W), embedding (D,); of `sizes`
+# the width and height of the file.
 Decoded = dict[str, np.ndarray]
 _SPOKEN = {"segmentation": "label map", "repaint_mask": "mask", "depth": "depth map", "embedding": "vector"}
 # Bytes of a pixel of a map in memory.
@@ -79,6 +81,10 @@ class PictureDataset(ImageDataset):
             index, decoded = self._next_readable(index)
         example = {"image": torch.from_numpy(decoded["image"]), **self._words(index)}
         for name in self._drawn:
+            if name == "sizes":
+                width, height = decoded[name].tolist()
+                example[name] = sizes_of((width, height), self.size, _original_size(self._records[index]))
+                continue
             values = torch.from_numpy(decoded[name])
             example[name] = values.long() if name == "segmentation" else values
         return example
@@ -148,7 +154,7 @@ class PictureDataset(ImageDataset):
         if count and not kept:
             self._nothing_readable()
         self._records = kept
-        self._extra = [f for f in has if f in fields]
+        self._extra = [*(f for f in has if f in fields), *(["sizes"] if self.config.sizes else [])]
         self._drawn = [f for f in self._extra if f not in ("text", "class_label")]  # what costs reading a file
 
     def _write_captions(self, records: list[Record], fields: set[str]) -> None:
@@ -172,8 +178,10 @@ class PictureDataset(ImageDataset):
         image, shape = decode(record.image.read(), self.size, config.channels, self.pixels, config.background)
         decoded = {"image": image}
         for name in self._drawn:
-            if name != "boxes":
+            if name not in ("boxes", "sizes"):
                 decoded[name] = self._companion(name, record.companions[name].read())
+        if "sizes" in self._drawn:
+            decoded["sizes"] = np.array(shape)
         if "boxes" in self._drawn:
             x0, y0, x1, y1 = crop_box(shape, self.size)
             part = (x0 / shape[0], y0 / shape[1], x1 / shape[0], y1 / shape[1])
@@ -250,7 +258,8 @@ class PictureDataset(ImageDataset):
             facts.append(self.pixels.to_dict())
         total.update(json.dumps(facts).encode())
         for index, record in enumerate(self._records):
-            content = [record.key, record.text, record.label, record.boxes]
+            content: list[Any] = [record.key, record.text, record.label, record.boxes]
+            content += [_original_size(record)] if "sizes" in self._extra else []
             total.update(json.dumps(content, default=str).encode())
             if self.in_memory:
                 total.update(np.ascontiguousarray(self._images[index]).data)
@@ -342,6 +351,13 @@ def _class_number(label: int | str | None, names: list[str]) -> int | None:
     if isinstance(label, str):
         return names.index(label) if label in names else None
     return label if label is not None and 0 <= label < len(names) else None
+
+
+def _original_size(record: Record) -> tuple[int, int] | None:
+    """(width, height) that the metadata says the picture once had."""
+    found = [record.metadata.get(name) for name in ("original_width", "original_height")]
+    numbers = [int(value) for value in found if isinstance(value, (int, float)) and value >= 1]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def _box_rows(boxes: list[dict[str, Any]], names: list[str], attributes: bool) -> np.ndarray:

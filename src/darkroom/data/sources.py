@@ -3,7 +3,8 @@
 An example is a dict; its `image` is (C, H, W) in the type of `data.pixels`, its other fields are those of a batch:
 `text` str; `class_label` int; `boxes` float32 (n, 5) of class, x0, y0, x1, y1; `segmentation` int64 (H, W);
 `low_resolution` (C, H/factor, W/factor) in the type of the image; `repaint_mask` float32 (1, H, W), 1 = repaint;
-`depth` float32 (1, H, W), larger = nearer; `embedding` float32 (D,).
+`depth` float32 (1, H, W), larger = nearer; `embedding` float32 (D,); `sizes` as of
+`transforms.sizes_of`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class DataConfig:
         class + (number of classes) * bits; then also set `attributes` of the condition `boxes`.
     low_resolution: also make smaller or blurred pictures, for super-resolution: {factor: 4, blur: 0}.
     repaint_mask: also draw masks, for inpainting: {share: [0.1, 0.5], everything: 0}. Masks beside the pictures win.
+    sizes: also give the size that each picture had and where it was cut, for the condition `sizes`. Metadata
+        `original_width` and `original_height` win over the size of the file: sets are often stored smaller.
     """
 
     source: str | list[str] = "shapes"
@@ -75,6 +78,7 @@ class DataConfig:
     box_attributes: bool = False
     low_resolution: LowResolution | None = None
     repaint_mask: RandomMask | None = None
+    sizes: bool = False
 
     @property
     def width_height(self) -> tuple[int, int]:

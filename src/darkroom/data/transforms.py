@@ -210,6 +210,22 @@ def crop_boxes(boxes: np.ndarray, box: tuple[float, float, float, float]) -> np.
     return out[(out[:, 3] > out[:, 1]) & (out[:, 4] > out[:, 2])]
 
 
+def sizes_of(
+    image_size: tuple[int, int], size: tuple[int, int], original: tuple[int, int] | None = None
+) -> dict[str, tuple[int, int]]:
+    """What steps 5 and 6 of RULE did to a (width, height) picture: `original_size` (height, width), that of the file or
+    the one it had before; `crop` (top, left) of what was kept, in pixels of the resized picture; `target_size`
+    (height, width). Podell et al. 2023, alg. 1."""
+    x0, y0, x1, _ = crop_box(image_size, size)
+    scale = size[0] / (x1 - x0)
+    width, height = original or image_size
+    return {
+        "original_size": (height, width),
+        "crop": (round(y0 * scale), round(x0 * scale)),
+        "target_size": (size[1], size[0]),
+    }
+
+
 def mirrored(image: torch.Tensor) -> torch.Tensor:
     """(..., W) left to right. torch cannot flip 16-bit unsigned integers, but signed ones."""
     if image.dtype == torch.uint16:
@@ -234,7 +250,8 @@ def crop_step(example: dict[str, Any], width: int, height: int) -> int:
 
 
 def flip_example(example: dict[str, Any]) -> dict[str, Any]:
-    """The example mirrored left to right: image, maps and boxes. Its text stays."""
+    """The example mirrored left to right: image, maps and boxes. Its text stays, and so do its `sizes`: what was cut
+    off is the same on both sides."""
     out = dict(example)
     for field in PLANES:
         if field in out:
@@ -247,8 +264,8 @@ def flip_example(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def crop_example(example: dict[str, Any], x: int, y: int, width: int, height: int) -> dict[str, Any]:
-    """The rectangle with the top left pixel (x, y): image, maps and boxes. Its text and class stay. A smaller picture
-    (`low_resolution`) needs x, y, width and height that are multiples of its factor: see `crop_step`."""
+    """The rectangle with the top left pixel (x, y): image, maps, boxes, sizes. Its text and class stay. A smaller
+    picture (`low_resolution`) needs x, y, width and height that are multiples of its factor: see `crop_step`."""
     out = dict(example)
     full_height, full_width = example["image"].shape[-2:]
     for field in PLANES:
@@ -256,6 +273,9 @@ def crop_example(example: dict[str, Any], x: int, y: int, width: int, height: in
             factor = round(full_width / out[field].shape[-1])
             left, top, right, bottom = (v // factor for v in (x, y, x + width, y + height))
             out[field] = out[field][..., top:bottom, left:right]
+    if "sizes" in out:
+        top, left = out["sizes"]["crop"]
+        out["sizes"] = out["sizes"] | {"crop": (top + y, left + x), "target_size": (height, width)}
     if "boxes" in out:
         part = (x / full_width, y / full_height, (x + width) / full_width, (y + height) / full_height)
         out["boxes"] = torch.from_numpy(crop_boxes(out["boxes"].numpy(), part))

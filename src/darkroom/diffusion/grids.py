@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from darkroom.diffusion.levels import NoiseLevel
-from darkroom.diffusion.schedules import DDPMSchedule, FlowSchedule, NoiseSchedule
+from darkroom.diffusion.schedules import DDPMSchedule, FlowSchedule, NoiseSchedule, shifted
 from darkroom.errors import DarkroomError
 
 TABLE_SPACINGS = ("ddim", "quad", "trailing", "leading", "linspace", "lcm")
@@ -120,6 +120,7 @@ def make_grid(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     shift: float | None = None,
+    places: int | None = None,
 ) -> Grid:
     """Choose the levels of a run.
 
@@ -130,7 +131,7 @@ def make_grid(
     final: `clean` ends at sigma = 0, `first` at the lowest level of the schedule (LDM's last `alphas_prev`,
         alphas_cumprod[0]; for `karras` and the like: sigma_min). Default: `first` for `ddim` and `quad`, else `clean`.
     rho, sigma_min, sigma_max: of the spacings in SNR; sigma stands for sigma/alpha.
-    shift: replaces the shift of a flow schedule.
+    shift: replaces the shift of a flow schedule. places: h*w of the latents, for one that follows their size.
     """
     if spacing not in SPACINGS:
         raise DarkroomError(f"unknown grid spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
@@ -146,7 +147,7 @@ def make_grid(
     if spacing in FLOW_SPACINGS:
         if not isinstance(schedule, FlowSchedule):
             raise DarkroomError(f"grid spacing {spacing!r} belongs to flow schedules; use 'trailing' or 'karras' here")
-        return _flow_grid(schedule, steps, spacing, schedule.config.shift if shift is None else shift)
+        return _flow_grid(schedule, steps, spacing, schedule.shift_at(places) if shift is None else shift)
     if not isinstance(schedule, DDPMSchedule):
         other = "linear" if isinstance(schedule, FlowSchedule) else "karras"
         raise DarkroomError(f"grid spacing {spacing!r} belongs to DDPM tables; use {other!r} with this schedule")
@@ -169,14 +170,11 @@ def make_grid(
 
 
 def _flow_grid(schedule: FlowSchedule, steps: int, spacing: str, shift: float) -> Grid:
-    def shifted(s: Tensor) -> Tensor:
-        return shift * s / (1 + (shift - 1) * s)
-
     if spacing == "linear":
-        s = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        s = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
     else:
-        lowest = shifted(torch.tensor(1 / schedule.config.timesteps, dtype=torch.float64))
-        s = shifted(1 + (lowest - 1) * torch.linspace(0, 1, steps, dtype=torch.float64))
+        lowest = shifted(torch.tensor(1 / schedule.config.timesteps, dtype=torch.float64), shift)
+        s = shifted(1 + (lowest - 1) * torch.linspace(0, 1, steps, dtype=torch.float64), shift)
         s = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
     return Grid(schedule.level(s * schedule.config.timesteps), schedule)
 

@@ -36,6 +36,11 @@ class ScheduleConfig:
     cosine_offset: s of `cosine`.
     zero_terminal_snr: rescale a table so that its last entry is pure noise (Lin et al. 2024, alg. 1).
     shift: `flow`: where times and grid points are placed, s -> shift*s / (1 + (shift-1)*s) (Esser et al. 2024, eq. 23).
+    shift_rule: `flow`: how the shift follows the size of latents, as larger ones need more noise to be hidden:
+        `constant`; `sqrt` shift * sqrt(places / shift_places[0]) (the same eq.); `linear` log(shift) on the straight
+        line from `shift` at shift_places[0] to `shift_end` at shift_places[1] (FLUX's mu).
+    shift_places: numbers of places h*w of latents; (1024, 16384) are pictures of 256 and of 1024 pixels at f = 8, or
+        256 and 4096 tokens of patch 2.
     sigma_min, sigma_max: of `edm`.
     sigma_data: standard deviation of x0 assumed by the `edm` prediction type.
     """
@@ -47,6 +52,9 @@ class ScheduleConfig:
     cosine_offset: float = 0.008
     zero_terminal_snr: bool = False
     shift: float = 1.0
+    shift_rule: Literal["constant", "sqrt", "linear"] = "constant"
+    shift_places: tuple[int, int] = (1024, 16384)
+    shift_end: float = 1.0
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
@@ -234,10 +242,16 @@ class FlowSchedule(NoiseSchedule):
         count = self.config.timesteps
         return -math.log(count - 1), math.log(count - 1)
 
-    def shifted(self, s: Tensor) -> Tensor:
-        """s -> shift*s / (1 + (shift-1)*s); Esser et al. 2024, eq. 23."""
-        shift = self.config.shift
-        return shift * s / (1 + (shift - 1) * s)
+    def shift_at(self, places: int | None = None) -> float:
+        """The shift for latents of so many places h*w; None: the config's own."""
+        c = self.config
+        if places is None or c.shift_rule == "constant":
+            return c.shift
+        low, high = c.shift_places
+        if c.shift_rule == "sqrt":
+            return c.shift * math.sqrt(places / low)
+        share = (places - low) / (high - low)
+        return c.shift ** (1 - share) * c.shift_end**share
 
     def level(self, time: Tensor | float) -> NoiseLevel:
         time = _float64(time)
@@ -250,6 +264,11 @@ class FlowSchedule(NoiseSchedule):
 
     def clean(self) -> NoiseLevel:
         return self.level(0.0)
+
+
+def shifted(s: Tensor, shift: float) -> Tensor:
+    """s in [0, 1] -> shift*s / (1 + (shift-1)*s); Esser et al. 2024, eq. 23."""
+    return shift * s / (1 + (shift - 1) * s)
 
 
 class EDMSchedule(NoiseSchedule):
@@ -290,8 +309,12 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
     if config.zero_terminal_snr and config.kind in ("flow", "edm"):
         raise DarkroomError(f"zero_terminal_snr applies to DDPM tables, not to schedule {config.kind!r}; remove it")
     if config.kind == "flow":
-        if config.shift <= 0:
-            raise DarkroomError(f"schedule shift is {config.shift}; it must be positive (1 is off)")
+        for name in ("shift", "shift_end"):
+            if getattr(config, name) <= 0:
+                raise DarkroomError(f"schedule {name} is {getattr(config, name)}; it must be positive (1 is off)")
+        low, high = config.shift_places
+        if low < 1 or (config.shift_rule == "linear" and high <= low):
+            raise DarkroomError(f"schedule shift_places is {low}, {high}; give two numbers of places, the lower first")
         return FlowSchedule(config)
     if config.kind == "edm":
         if not 0 < config.sigma_min < config.sigma_max:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from darkroom.diffusion.schedules import DDPMSchedule, FlowSchedule, NoiseSchedule
+from darkroom.diffusion.schedules import DDPMSchedule, FlowSchedule, NoiseSchedule, shifted
 from darkroom.errors import DarkroomError
 
 TIME_SAMPLINGS = ("uniform", "uniform_continuous", "logit_normal", "edm")
@@ -29,8 +29,15 @@ class TimeSamplingConfig:
     stratified: bool = False
 
 
-def sample_time(config: TimeSamplingConfig, schedule: NoiseSchedule, batch: int, generator: torch.Generator) -> Tensor:
-    """(batch,) float64 times on the CPU, drawn with `generator`; a flow's shift applies to all but `edm`."""
+def sample_time(
+    config: TimeSamplingConfig,
+    schedule: NoiseSchedule,
+    batch: int,
+    generator: torch.Generator,
+    places: int | None = None,
+) -> Tensor:
+    """(batch,) float64 times on the CPU, drawn with `generator`; a flow's shift applies to all but `edm`.
+    places: h*w of the latents, for a shift that follows their size."""
     kind = config.time_sampling
     if kind not in TIME_SAMPLINGS:
         raise DarkroomError(f"unknown time sampling {kind!r}; choose one of {', '.join(TIME_SAMPLINGS)}")
@@ -54,5 +61,5 @@ def sample_time(config: TimeSamplingConfig, schedule: NoiseSchedule, batch: int,
             return schedule.time_at_half_log_snr(-(mean + std * z)).clamp(low, high)
         s = torch.sigmoid(mean + std * z)
     if isinstance(schedule, FlowSchedule):
-        s = schedule.shifted(s)
+        s = shifted(s, schedule.shift_at(places))
     return low + (high - low) * s

@@ -59,7 +59,8 @@ class DenoiserPhase(nn.Module):
         device = next(self.denoiser.parameters()).device
         x0 = batch_latent(batch, self._frozen[0], generator, device)
         conditioning = self.conditioner(batch, generator).to(device)
-        time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator)
+        places = x0.shape[2] * x0.shape[3]
+        time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator, places)
         level = self.denoiser.schedule.level(time)
         noise = draw(x0.shape, generator, x0)
         loss = denoising_loss(self.denoiser, x0, noise, level, conditioning, self.objective)
