@@ -37,7 +37,7 @@ RECIPES = {name: resolve(read_recipe(path)) for name, path in NAMES.items()}
 MODELS = [name for name, recipe in RECIPES.items() if recipe.steps]
 FIRST_STAGES = [name for name in RECIPES if name not in MODELS]
 # The first stages that recipes name by the checkpoint that holds them.
-HELD = {"sd-v1": "kl-f8", "sd3": "kl-f8-d16"}
+HELD = {"sd-v1": "kl-f8", "sdxl": "kl-f8", "sd3": "kl-f8-d16"}
 # The recipe of each published layout of tensors.
 LAYOUTS = {
     "bsr_sr": "ldm-sr",
@@ -179,6 +179,51 @@ def test_whole_models_of_the_paper() -> None:
     assert round((count(first_stage.autoencoder) + count(denoiser)) / 1e6) == 169
     _, denoiser, conditioner = on_meta("ldm-text2img-large")
     assert round((count(conditioner) + count(denoiser)) / 1e9, 2) == 1.45
+
+
+# ---- how they were trained
+
+# Images of a batch and the rate for each of them, of the released configurations whose rate is scaled so.
+SCALED = {
+    "kl-f4": (10, 4.5e-6),
+    "kl-f8": (4, 4.5e-6),
+    "kl-f16": (6, 4.5e-6),
+    "kl-f32": (6, 4.5e-6),
+    "vq-f4": (8, 4.5e-6),
+    "vq-f4-noattn": (8, 4.5e-6),
+    "vq-f8": (10, 4.5e-6),
+    "vq-f8-n256": (10, 4.5e-6),
+    "vq-f16": (14, 4.5e-6),
+    "ldm-celeba256": (48, 2e-6),
+    "ldm-ffhq256": (42, 2e-6),
+    "ldm-lsun-beds256": (48, 2e-6),
+    "ldm-cin256-f8": (64, 1e-6),
+    "ldm-text2img256": (28, 2e-6),
+    "ldm-layout2img-openimages256": (24, 2e-6),
+    "ldm-semantic256": (48, 1e-6),
+    "ldm-semantic512": (8, 1e-6),
+    "ldm-sr": (64, 1e-6),
+}
+# Those whose released configuration asks for the absolute error.
+ABSOLUTE = ("lsun-churches256", "layout2img-openimages256", "semantic256", "semantic512", "inpainting-big")
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_rates_are_those_of_the_released_configurations(name: str) -> None:
+    recipe, (batch, rate) = RECIPES[name], SCALED[name]
+    loop: Any = recipe if recipe.steps else recipe.first_stage.train
+    assert loop.batch_size == batch and loop.optimizer.learning_rate == pytest.approx(batch * rate)
+
+
+def test_errors_are_those_of_the_released_configurations() -> None:
+    absolute = {name for name in MODELS if RECIPES[name].objective.loss_type == "l1"}
+    assert absolute == {f"ldm-{name}" for name in ABSOLUTE}
+
+
+def test_every_recipe_says_where_its_numbers_come_from() -> None:
+    own = {name: path.read_text() for name, path in NAMES.items() if "steps:" in path.read_text()}
+    assert len(own) > 25
+    assert [name for name, text in own.items() if not text.split("\n")[1].startswith("# ")] == []
 
 
 # ---- two steps
