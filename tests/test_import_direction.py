@@ -18,7 +18,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "darkroom"
 
 # Helpers that any layer may use; among themselves they only go downwards in this order.
-FOUNDATION = ("errors", "pixel_format", "config", "safe_json", "safe_files", "pickle_program", "safe_pickle", "kernels")
+FOUNDATION = (
+    "errors",
+    "pixel_format",
+    "config",
+    "blueprint",
+    "safe_json",
+    "safe_files",
+    "pickle_program",
+    "safe_pickle",
+    "kernels",
+)
 
 # layer: the layers it may import besides itself and the foundation.
 ALLOWED: dict[str, set[str]] = {

@@ -10,13 +10,33 @@ import copy
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from darkroom.errors import DarkroomError
 
 T = TypeVar("T")
+
+
+# What code raises that was handed a value of another kind, size or range than it was written for.
+_MISFITS = (*(TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError),)
+
+
+@contextmanager
+def understanding(source: object, what: str) -> Iterator[None]:
+    """Around what is made of a file that anybody may have written: whatever it stumbles over becomes one line.
+
+    The checks inside name the problem; this is for the values that nobody thought of.
+    """
+    try:
+        yield
+    except DarkroomError:
+        raise
+    except _MISFITS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DarkroomError(f"{source} cannot be understood as {what}: {reason[:300]}") from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

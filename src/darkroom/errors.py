@@ -13,14 +13,16 @@ class DarkroomError(Exception):
     """Bad input. The text is one line that names the input, the problem and the cure."""
 
     def __init__(self, text: object = "") -> None:
-        super().__init__(_one_line(str(text)))
+        super().__init__(printable(_cut(str(text))))
 
 
-def _one_line(text: str) -> str:
-    """Without line breaks and control characters, which names inside files may hold, and of a bounded length."""
-    if len(text) > LONGEST:
-        half = LONGEST // 2
-        text = f"{text[:half]} ... {text[-half:]}"
+def _cut(text: str) -> str:
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Without line breaks and control characters, which names and notes inside files may hold."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

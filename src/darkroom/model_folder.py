@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 from darkroom.safe_files import SafetensorsHeader, read_json, read_numbers, read_safetensors_header, sha256_of
 
@@ -92,6 +93,11 @@ class ModelIndex:
 
 
 def read_index(folder: Path) -> ModelIndex:
+    with understanding(folder / INDEX, "the index of a model"):
+        return _read_index(folder)
+
+
+def _read_index(folder: Path) -> ModelIndex:
     path = folder / INDEX
     raw = read_json(path, "model index")
     version, kind = raw.get("format_version"), raw.get("kind")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from darkroom.assemble import build_model, latent_numbers, owned
+from darkroom.blueprint import check_fit, hollow
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, build_preview
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
@@ -42,9 +43,10 @@ from darkroom.model_folder import (
     read_index,
 )
 from darkroom.safe_files import (
+    iter_safetensors,
     new_folder,
     read_json,
-    read_safetensors,
+    read_safetensors_header,
     sha256_of,
     write_file,
     write_safetensors,
@@ -60,6 +62,7 @@ _BUILD: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "conditioner": build_conditioner,
     "preview": build_preview,
 }
+GROUP_BYTES = 2**28
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Keys of `info` that say where a model came from this time; they are made anew by each load.
 _TRANSIENT = ("sha256", "path", "weights")
@@ -249,15 +252,29 @@ def _load_part(part: str, folder: Path, weights: str, first_stage: FirstStage | 
     file = folder / WEIGHTS[weights]
     if not file.is_file():  # a part that is not averaged (a frozen first stage) has one file only
         file = folder / WEIGHTS["ema"]
-    tensors = read_safetensors(file)
+    stored = {name: entry.shape for name, entry in read_safetensors_header(file).tensors.items()}
+
+    def build() -> nn.Module:
+        return build_conditioner(config, first_stage) if part == "conditioner" else _BUILD[part](config)
+
+    # Without numbers first: memory is taken for what fits the weights only.
+    check_fit(hollow(build, len(stored), folder / CONFIG, f"the config of a {part}"), stored, file, folder / CONFIG)
     with _SkipInitialisation():
-        module = build_conditioner(config, first_stage) if part == "conditioner" else _BUILD[part](config)
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        raise DarkroomError(f"{file} does not fit {folder / CONFIG}: {problems[0] if problems else error}") from None
+        module = build()
+    for group in _groups(iter_safetensors(file)):
+        module.load_state_dict(group, strict=False)  # all of them together are complete, as was found out before
     return module
+
+
+def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """A file's tensors, so many at a time that little memory is taken for them beside the module's own."""
+    group: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        group[name] = tensor
+        if sum(t.nbytes for t in group.values()) >= GROUP_BYTES:
+            yield group
+            group = {}
+    yield group
 
 
 def _remember_reference(first_stage: nn.Module, index: ModelIndex) -> None:

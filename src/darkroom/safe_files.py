@@ -116,6 +116,13 @@ def read_json(path: Path | str, what: str = "JSON file") -> dict[str, Any]:
     return value
 
 
+def file_inside(folder: Path, name: str, where: object) -> Path:
+    """The file of that name in a folder. `where` names it: it must not lead out of the folder, nor into another one."""
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+        raise DarkroomError(f"{where} names the file {name!r}; the name of a file beside it was expected")
+    return folder / name
+
+
 def read_safetensors_header(path: Path | str) -> SafetensorsHeader:
     """Names, shapes and places of all tensors, checked: they fill the file exactly, without gap or overlap."""
     path = Path(path)

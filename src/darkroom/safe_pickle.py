@@ -103,7 +103,11 @@ def _opened(path: Path) -> Iterator[_TorchZip]:
         if _directory_bytes(file, size) > MAX_DIRECTORY_BYTES:
             raise DarkroomError(f"{path} is a zip file of too many entries; not a model")
         try:
-            with zipfile.ZipFile(file) as archive:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OSError, struct.error) as error:
+            raise DarkroomError(f"{path} is damaged or truncated ({error}); copy or download it again") from None
+        try:
+            with archive:
                 yield _TorchZip(path, archive, file, size)
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
             raise DarkroomError(f"{path} is damaged or truncated ({error}); copy or download it again") from None
@@ -190,7 +194,24 @@ class _TorchZip:
         return info
 
     def _entry(self, name: str) -> bytes:
-        return self.archive.read(self._info(name))
+        info = self._info(name)
+        self.file.seek(self._begin(info))
+        content = self.file.read(info.file_size)
+        if zlib.crc32(content) != info.CRC:
+            raise EOFError(f"{name} has another checksum")
+        return content
+
+    def _begin(self, info: zipfile.ZipInfo) -> int:
+        """Where the content of an entry begins in the file, which holds all of it."""
+        self.file.seek(info.header_offset)
+        header = self.file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise EOFError(f"{info.filename} has no header")
+        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        begin: int = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+        if begin + info.file_size > self.size:
+            raise EOFError(f"{info.filename} ends early")
+        return begin
 
     def _storage(self, pickle_id: Any) -> str:
         """('storage', type, key, location, number of elements) -> the key; size and type are noted."""
@@ -253,14 +274,7 @@ class _TorchZip:
     def _read(self, name: str, start: int, count: int) -> Tensor:
         """(count,) uint8: a part of a storage, read into its final place; the checksum of a whole one is compared."""
         info = self.archive.getinfo(name)
-        self.file.seek(info.header_offset)
-        header = self.file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-            raise EOFError(f"{name} has no header")
-        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
-        begin = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        if begin + info.file_size > self.size:  # before memory is taken
-            raise EOFError(f"{name} ends early")
+        begin = self._begin(info)  # checked before memory is taken
         checksum = 0
 
         def add(part: memoryview) -> None:

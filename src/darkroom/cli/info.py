@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from darkroom.errors import DarkroomError
+from darkroom.config import understanding
+from darkroom.errors import DarkroomError, printable
 
 
 @click.command(short_help="Look inside a file.")
@@ -38,8 +39,10 @@ def info(source: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
-        for line in _lines(facts):
-            click.echo(line)
+        with understanding(path, "what can be described"):
+            lines = _lines(facts)
+        for line in lines:
+            click.echo(printable(line))
 
 
 def _image(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from darkroom.errors import DarkroomError
 # Of every table, also where the default device is another: networks are built on the meta device.
 TABLE: Any = {"dtype": torch.float64, "device": "cpu"}
 
+MAX_TIMESTEPS = 1_000_000  # some tens of megabytes of tables
 SCHEDULE_KINDS = ("ldm", "linear", "sqrt", "cosine", "flow", "edm")
 
 
@@ -306,6 +307,8 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
         raise DarkroomError(f"unknown schedule kind {config.kind!r}; choose one of {', '.join(SCHEDULE_KINDS)}")
     if config.timesteps < 2:
         raise DarkroomError(f"schedule timesteps is {config.timesteps}; it must be at least 2")
+    if config.timesteps > MAX_TIMESTEPS:
+        raise DarkroomError(f"schedule timesteps is {config.timesteps}; at most {MAX_TIMESTEPS} can be tabulated")
     if config.zero_terminal_snr and config.kind in ("flow", "edm"):
         raise DarkroomError(f"zero_terminal_snr applies to DDPM tables, not to schedule {config.kind!r}; remove it")
     if config.kind == "flow":

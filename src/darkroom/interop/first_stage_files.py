@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from darkroom import __version__
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 from darkroom.interop import compvis_first_stage as compvis
 from darkroom.interop import diffusers_first_stage as diffusers
@@ -76,15 +77,16 @@ def find_first_stage(path: Path) -> FoundFirstStage | None:
 
     `path`: a weight file, a folder with an autoencoder's config.json, or a diffusers pipeline's folder.
     """
-    if path.is_dir():
-        return _in_folder(path)
-    if not is_weight_file(path):
-        return None
-    if path.name in diffusers.WEIGHT_FILES and _class_name(path.parent) in diffusers.CLASSES:
-        return _with_config(path, path.parent, path, None)
-    file = open_tensor_file(path)
-    glanced = glance(file)
-    return None if glanced is None else _with_facts(file, glanced)
+    with understanding(path, "a first stage"):
+        if path.is_dir():
+            return _in_folder(path)
+        if not is_weight_file(path):
+            return None
+        if path.name in diffusers.WEIGHT_FILES and _class_name(path.parent) in diffusers.CLASSES:
+            return _with_config(path, path.parent, path, None)
+        file = open_tensor_file(path)
+        glanced = glance(file)
+        return None if glanced is None else _with_facts(file, glanced)
 
 
 @dataclass(frozen=True)

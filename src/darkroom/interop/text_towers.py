@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.text_towers import TextTower, TextTowers
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 from darkroom.interop.tensor_file import TensorFile, is_weight_file, open_tensor_file
-from darkroom.safe_files import read_json
+from darkroom.safe_files import file_inside, read_json
 
 # By family: the table of its tokens, a second name that stands beside it under the same prefix, and a level of names
 # that this spelling leaves out.
@@ -138,6 +139,11 @@ class FoundTower:
 def find_towers(path: str | Path) -> list[FoundTower]:
     """Every text tower in a weight file, a folder of the transformers library, or a pipeline's folder."""
     place = Path(path).expanduser()
+    with understanding(place, "text towers"):
+        return _towers_at(place)
+
+
+def _towers_at(place: Path) -> list[FoundTower]:
     if place.is_dir():
         folders = [place, *(place / name for name in PIPELINE_FOLDERS if (place / name).is_dir())]
         return [tower for folder in folders for tower in _in_files(folder, _weight_files(folder))]
@@ -156,7 +162,7 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             parts = read_json(index, "index of weights").get("weight_map", {})
-            return [folder / part for part in sorted(set(map(str, parts.values())))]
+            return [file_inside(folder, part, index) for part in sorted(set(parts.values()))]
     return []
 
 
