@@ -64,6 +64,11 @@ def _stumble(path: Path) -> None:
     raise KeyError("weight")
 
 
+def _spin(path: Path) -> None:
+    while True:
+        pass
+
+
 def _import(path: Path) -> None:
     __import__("colorsys")
 
@@ -80,6 +85,7 @@ def _grow(path: Path) -> None:
         (_refuse(""), "not one clear line"),
         (_refuse("DefaultCPUAllocator: can't allocate memory"), "memory was asked for"),
         (_stumble, "KeyError"),
+        (_spin, "not done after"),
         (lambda path: time.sleep(3), "not done after"),
         (lambda path: os.system("true"), "os.system"),
         (lambda path: path.write_text("x"), "open for writing"),
@@ -96,7 +102,8 @@ def test_what_the_watch_sees(
     reader: Callable[[Path], object],
     problem: str | None,
 ) -> None:
-    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "PATIENCE", 2.5)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     found = fuzz.read(reader, tmp_path / "file", watch).problem
     assert found is None if problem is None else problem in found

@@ -125,6 +125,39 @@ def models(place: Path) -> None:
         model.save(place / f"model-{name}", dtype="float16")
 
 
+def whole_checkpoints(place: Path) -> None:
+    """As the official code writes them: conditioned on classes, a pickle with averaged copies; unconditional, plain and
+    with our note."""
+    from data_facts import Facts
+
+    from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config
+    from darkroom.conditioning.classes import ClassEncoderConfig
+    from darkroom.exchange import export
+    from darkroom.latent_diffusion import LatentDiffusion
+    from darkroom.safe_files import read_safetensors, write_safetensors
+
+    for name, first_stage, encoders in (("class", VQ, {"class": ClassEncoderConfig(width=8)}), ("plain", KL, {})):
+        conditioner = build_conditioner(conditioner_config(encoders, Facts(["boot", "coat"], [])))
+        channels, context = first_stage["embed_dim"], conditioner.context_dim
+        sizes = {"model_channels": 32, "channel_mult": [1, 1], "in_channels": channels, "out_channels": channels}
+        network = {**UNET, **sizes, "use_spatial_transformer": context is not None, "context_dim": context}
+        parts = build_first_stage(first_stage), build_denoiser({"network": network}), conditioner
+        model = LatentDiffusion(*map(even, parts), {"name": name, "defaults": {"size": [16, 16]}})
+        noted = place / f"ours-{name}.safetensors"
+        export(model, noted, "compvis")
+        tensors = read_safetensors(noted)
+        if not encoders:
+            write_safetensors(place / "whole-plain.safetensors", tensors)
+            continue
+        noted.unlink()
+        copies = {
+            "model_ema." + key.removeprefix("model.").replace(".", ""): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("model.diffusion_model.")
+        }
+        torch.save({"state_dict": tensors | copies, "global_step": 1}, place / "whole-class.ckpt")
+
+
 def text_towers(place: Path) -> None:
     from darkroom.safe_files import write_safetensors
 
@@ -166,7 +199,7 @@ def main() -> int:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for make in (first_stages, models, text_towers, others):
+        for make in (first_stages, models, whole_checkpoints, text_towers, others):
             make(place)
 
         def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:

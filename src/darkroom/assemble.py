@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from darkroom.blueprint import BoundedBuilding
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.interop.darkroom_model import kept_of
@@ -41,10 +43,8 @@ def shapes_of(parts: Mapping[str, nn.Module]) -> dict[str, dict[str, Shape]]:
 
 def checked_parts(found: FoundModel) -> dict[str, nn.Module]:
     """The hollow parts of a found model, after every name and shape was compared."""
-    try:
+    with understanding(found.path, found.title), BoundedBuilding(len(found.source.shapes), found.path):
         parts = hollow_parts(found.configs)
-    except RuntimeError:  # more elements than can be counted
-        raise DarkroomError(f"{found.path} describes a model of impossible size") from None
     check_tables(found, shapes_of(parts))
     return parts
 

@@ -19,7 +19,7 @@ from darkroom.errors import DarkroomError
 
 # Stable Diffusion's 4 GB file has a pickle of 1 MB and fewer than 100,000 instructions; these only stop absurd ones.
 MAX_PICKLE_BYTES = 32 * 2**20
-MAX_INSTRUCTIONS = 400_000
+MAX_INSTRUCTIONS = 300_000
 
 # What Lightning notes about its callbacks in official checkpoints. Such objects are stepped over: nothing is imported,
 # called or kept of them.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from darkroom.config import nearest, with_overrides
+from darkroom.config import nearest, understanding, with_overrides
 from darkroom.errors import DarkroomError
 from darkroom.interop.diffusers_first_stage import Number
 from darkroom.interop.tensor_source import Place, Shape, Table, TensorSource, fits
@@ -87,7 +87,8 @@ def find_model(path: Path) -> FoundModel | None:
 
     if path.is_dir():
         return None
-    return find_compvis(path) if is_weight_file(path) else None
+    with understanding(path, "a model"):
+        return find_compvis(path) if is_weight_file(path) else None
 
 
 # Facts of a source that its user may know better: short name -> place in the configs. "scale" and "shift" of the
