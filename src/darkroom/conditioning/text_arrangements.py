@@ -46,7 +46,7 @@ class SD3TextConfig(TowersConfig):
                   T5 reads texts of any `length`: 77 in the official code, 256 for long captions
     t5_length:    the number of those zeros
     drop_rates:   by tower, the share of training examples for which that one alone is dropped, on top of `drop_rate`,
-                  which drops all together. The paper (Esser et al. 2024, sec. 5.3) drops each in 46.4 %: all are gone
+                  which drops all together. The paper (Esser et al. 2024, App. B.3) drops each in 46.4 %: all are gone
                   in 10 %, and the model can do without T5. Where no_text is zeros a dropped tower gives zeros
     project_l:    whether CLIP-L's pooled text is projected: not in the official code; yes in the diffusers library
     context_dim:  D; null: that of T5
