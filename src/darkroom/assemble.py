@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from darkroom.blueprint import BoundedBuilding
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage
@@ -23,10 +24,31 @@ from darkroom.interop.tensor_source import Shape, Table, TensorSource, read_tabl
 from darkroom.latent_diffusion import LatentDiffusion
 
 
+class SkipInitialisation(TorchFunctionMode):
+    """Random fills do nothing: every number is about to be read from a file, and the caller's random state stays."""
+
+    _fills = frozenset(
+        {Tensor.uniform_, Tensor.normal_}
+        | {
+            getattr(nn.init, name)
+            for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "orthogonal_")
+        }
+        | {nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_}
+    )
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self._fills:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def hollow_parts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
     """The parts of a model on the meta device: names, shapes and dtypes, no numbers."""
     parts: dict[str, nn.Module] = {}
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInitialisation():
         if "first_stage" in configs:
             parts["first_stage"] = build_first_stage(configs["first_stage"])
         first_stage = parts.get("first_stage")

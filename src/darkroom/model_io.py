@@ -14,9 +14,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from darkroom.assemble import build_model, latent_numbers, owned
+from darkroom.assemble import SkipInitialisation, build_model, latent_numbers, owned
 from darkroom.blueprint import check_fit, hollow
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, build_preview
 from darkroom.errors import DarkroomError
@@ -185,7 +184,7 @@ def _ready(module: Module, on: torch.device) -> Module:
 
 def build_found(found: FoundFirstStage, weights: str = "ema") -> FirstStage:
     """Builds and fills what `find_first_stage` found; frozen, in float32."""
-    with _SkipInitialisation():
+    with SkipInitialisation():
         first_stage = build_first_stage(found.config)
     taken: set[int] = set()
     state = {f"autoencoder.{n}": owned(tensor, torch.float32, taken) for n, tensor in found.read(weights).items()}
@@ -225,27 +224,6 @@ def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
     )
 
 
-class _SkipInitialisation(TorchFunctionMode):
-    """Random fills do nothing: every number is about to be read from a file, and the caller's random state stays."""
-
-    _fills = frozenset(
-        {Tensor.uniform_, Tensor.normal_}
-        | {
-            getattr(nn.init, name)
-            for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "orthogonal_")
-        }
-        | {nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_}
-    )
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in self._fills:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
 def _load_part(part: str, folder: Path, weights: str, first_stage: FirstStage | None = None) -> Any:
     """Build a part from its config and fill it; every tensor must be there and fit."""
     config = read_json(folder / CONFIG, "config")
@@ -259,7 +237,7 @@ def _load_part(part: str, folder: Path, weights: str, first_stage: FirstStage | 
 
     # Without numbers first: memory is taken for what fits the weights only.
     check_fit(hollow(build, len(stored), folder / CONFIG, f"the config of a {part}"), stored, file, folder / CONFIG)
-    with _SkipInitialisation():
+    with SkipInitialisation():
         module = build()
     for group in _groups(iter_safetensors(file)):
         module.load_state_dict(group, strict=False)  # all of them together are complete, as was found out before

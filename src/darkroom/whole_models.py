@@ -149,40 +149,39 @@ def _official(found: FoundModel, ours: str) -> str:
 def count_same(written: FoundModel, source: FoundModel, weights: str) -> tuple[int, int]:
     """How many tensors the written model gives back, and how many of them are kept ones: all, or an error."""
     shapes = shapes_of(hollow_parts(source.configs))
-    pairs: list[tuple[str, Table, Table]] = []
-    for part in source.tables:
-        if part not in written.tables:
-            continue
-        if weights == "all" and part in source.averaged:
-            pairs.append((part, source.tables[part], written.tables[part]))
-            pairs.append((part, source.averaged[part], written.averaged[part]))
-        else:
-            one = source.tables_of("ema" if weights == "all" else weights)[part]
-            pairs.append((part, one, written.tables_of("ema")[part]))
-    count = 0
-    for part, theirs, ours in pairs:
-        if theirs.keys() != ours.keys():
-            raise DarkroomError(f"{written.path} does not give back the tensors of {source.path}")
-        for names in groups(source.source, theirs):
-            first, second = (
-                found.source.read({n: None for name in names for n in table[name].names})
-                for found, table in ((source, theirs), (written, ours))
-            )
-            for name in names:
-                shape = shapes[part][name]
-                if not same_bits(taken(theirs[name], first, shape), taken(ours[name], second, shape)):
-                    raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
-                count += 1
-    kept = _count_kept(written, source)
+    compared = [
+        name for part in source.tables if part in written.tables for name in _pairs(written, source, part, weights)
+    ]
+    count = sum(_compare(source, theirs, written, ours, shapes[part]) for part, theirs, ours in compared)
+    if not source.kept or not written.kept:
+        return count, 0
+    theirs, ours = ({n: same(found.kept_place(n)) for n in found.kept} for found in (source, written))
+    kept = _compare(source, theirs, written, ours, {n: source.source.shapes[p.names[0]] for n, p in theirs.items()})
     return count + kept, kept
 
 
-def _count_kept(written: FoundModel, source: FoundModel) -> int:
-    """Those that only the official layout has."""
-    if not source.kept or not written.kept:
-        return 0
-    for name in source.kept:
-        first, second = (found.source.read([found.kept_place(name)]) for found in (source, written))
-        if not same_bits(first[source.kept_place(name)], second[written.kept_place(name)]):
-            raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
-    return len(source.kept)
+def _pairs(written: FoundModel, source: FoundModel, part: str, weights: str) -> list[tuple[str, Table, Table]]:
+    """(part, table of the source, table of what was written), of every kind of weights that was written."""
+    if weights == "all" and part in source.averaged:
+        return [
+            (part, source.tables[part], written.tables[part]),
+            (part, source.averaged[part], written.averaged[part]),
+        ]
+    one = source.tables_of("ema" if weights == "all" else weights)[part]
+    return [(part, one, written.tables_of("ema")[part])]
+
+
+def _compare(source: FoundModel, theirs: Table, written: FoundModel, ours: Table, shapes: Mapping[str, Shape]) -> int:
+    """The number of tensors, all equal bit for bit; both files are read once more."""
+    if theirs.keys() != ours.keys():
+        raise DarkroomError(f"{written.path} does not give back the tensors of {source.path}")
+    for names in groups(source.source, theirs):
+        first, second = (
+            found.source.read(dict.fromkeys(n for name in names for n in table[name].names))
+            for found, table in ((source, theirs), (written, ours))
+        )
+        for name in names:
+            pair = (taken(theirs[name], first, shapes[name]), taken(ours[name], second, shapes[name]))
+            if not same_bits(*pair):
+                raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
+    return len(theirs)

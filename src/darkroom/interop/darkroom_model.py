@@ -18,7 +18,7 @@ from darkroom.interop.content import Content
 from darkroom.interop.first_stage_files import as_number
 from darkroom.interop.found_model import KEPT_FILE, LATENTS, FoundModel
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
-from darkroom.interop.tensor_source import FileSource, Shape, Table, same
+from darkroom.interop.tensor_source import FileSource, Place, Shape, Table, groups, same
 from darkroom.safe_files import read_json, sha256_of, stream_safetensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ def kept_of(found: FoundModel) -> Kept | None:
     small = [
         n for n in found.kept if n not in aliases and math.prod(found.source.shapes[found.kept_place(n)]) <= CARRIED
     ]
-    tensors = {n: found.source.read([found.kept_place(n)])[found.kept_place(n)] for n in small}
-    return Kept(tensors, aliases, found.renamed)
+    tensors = found.source.read([found.kept_place(name) for name in small])
+    return Kept({name: tensors[found.kept_place(name)] for name in small}, aliases, found.renamed)
 
 
 def save_kept(folder: Path, kept: Kept | None) -> dict[str, str]:
@@ -190,12 +190,11 @@ def _copies(found: FoundModel) -> dict[str, str]:
     from darkroom.interop.compvis_model import CONDITION, FIRST_STAGE
     from darkroom.interop.first_stage_files import same_bits
 
+    shapes = found.source.shapes
+    pairs = {name: FIRST_STAGE + name.removeprefix(CONDITION) for name in found.kept if name.startswith(CONDITION)}
+    pairs = {name: original for name, original in pairs.items() if shapes.get(original) == shapes[name]}
     result = {}
-    for name in found.kept:
-        original = FIRST_STAGE + name.removeprefix(CONDITION)
-        if not name.startswith(CONDITION) or found.source.shapes.get(original) != found.source.shapes[name]:
-            continue
-        pair = found.source.read([name, original])
-        if same_bits(pair[name], pair[original]):
-            result[name] = original
+    for names in groups(found.source, {name: Place((name, original)) for name, original in pairs.items()}):
+        tensors = found.source.read([*names, *(pairs[name] for name in names)])
+        result |= {name: pairs[name] for name in names if same_bits(tensors[name], tensors[pairs[name]])}
     return result
