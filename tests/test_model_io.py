@@ -236,7 +236,7 @@ def test_official_files_are_recognised(tmp_path: Path) -> None:
         "first_stage_model.encoder.conv_in.weight": "first stage",
     }
     torch.save({"state_dict": dict.fromkeys(names, torch.ones(1))}, tmp_path / "sd.ckpt")
-    with pytest.raises(DarkroomError, match=r"lacks 'input_blocks\.1\.0\.out_layers"):
+    with pytest.raises(DarkroomError, match=r"lacks 'model\.diffusion_model\.input_blocks\.1\."):
         load(tmp_path / "sd.ckpt")
     guess = model_folder.guess_family
     assert "autoencoder" in guess(["encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"])

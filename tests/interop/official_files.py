@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from parity_data import PARITY, Case, load_case, weights
 from torch import Tensor
+
+from darkroom.safe_files import read_safetensors_header
 
 # Every public layout with a first stage: name, what it must be recognised as, shift and scale.
 BARE = ("kl-f4", "kl-f8", "kl-f16", "kl-f32", "vq-f4", "vq-f4-noattn", "vq-f8", "vq-f8-n256", "vq-f16")
@@ -66,7 +69,7 @@ def hollow_file(path: Path, shapes: Mapping[str, Any], dtypes: Mapping[str, str]
     """A valid safetensors file of these shapes, filled with zeros that take no place on the disk."""
     header, end = {}, 0
     for name, shape in sorted(shapes.items(), key=lambda item: (dtypes or {}).get(item[0]) != "int64"):
-        kind, size = ("I64", 8) if (dtypes or {}).get(name) == "int64" else ("F32", 4)
+        kind, size = {"int64": ("I64", 8), "int32": ("I32", 4)}.get((dtypes or {}).get(name, ""), ("F32", 4))
         start, end = end, end + math.prod(shape) * size
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -76,9 +79,27 @@ def hollow_file(path: Path, shapes: Mapping[str, Any], dtypes: Mapping[str, str]
     return path
 
 
-def hollow_layout(folder: Path, name: str) -> Path:
+def hollow_layout(folder: Path, name: str, suffix: str = "") -> Path:
+    """The file of a public layout: hollow weights, and the buffers that every such file has."""
     spec = layout(name)
-    return hollow_file(folder / f"{name}.safetensors", spec["layout"], spec.get("dtypes"))
+    path = hollow_file(folder / f"{name}{suffix}.safetensors", spec["layout"], spec.get("dtypes"))
+    made = {key: recipe for key, recipe in spec.get("derived", {}).items() if recipe["kind"] in SMALL}
+    fill_in(path, {key: weights().derived_tensor(recipe, spec["layout"][key]) for key, recipe in made.items()})
+    return path
+
+
+SMALL = ("ddpm_schedule", "value", "arange")
+
+
+def fill_in(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Put numbers in the place of a hollow file's tensors."""
+    header = read_safetensors_header(path)
+    with open(path, "r+b") as file:
+        for name, array in arrays.items():
+            file.seek(header.tensors[name].start)
+            data = np.ascontiguousarray(array).tobytes()
+            assert len(data) == header.tensors[name].end - header.tensors[name].start, name
+            file.write(data)
 
 
 def diffusers_folder(folder: Path, name: str) -> Path:

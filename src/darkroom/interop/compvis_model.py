@@ -10,6 +10,7 @@ and beside them tables of the schedule, buffers, losses. DiT's official file is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,19 @@ from darkroom.interop.tensor_source import FileSource, Shape, Table, same
 NETWORK, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 AVERAGED_NETWORK = f"{AVERAGED}diffusion_model"
 
+# Left in some files by the official sampler.
+SAMPLER = ("ddim_sigmas", "ddim_alphas", "ddim_alphas_prev", "ddim_sqrt_one_minus_alphas", "ddim_timesteps")
+
 # Tensors that are no part of our model, by the start of their names, and what they are.
 KEPT: tuple[tuple[str, str], ...] = (
-    *((name, "tables of the noise schedule") for name in (*BUFFERS, "lvlb_weights", "denoiser.sigmas")),
+    *((name, "tables of the noise schedule") for name in (*BUFFERS, "lvlb_weights", "denoiser.")),
     (SCALE, "scale of the latents"),
     (f"{AVERAGED}decay", "state of the averaging"),
     (f"{AVERAGED}num_updates", "state of the averaging"),
     (f"{FIRST_STAGE}loss.", "perceptual network and discriminator"),
     (f"{FIRST_STAGE}colorize", "colours for showing maps"),
     ("logvar", "log-variance of the loss"),
+    *((name, "tables of the sampler") for name in SAMPLER),
     ("low_scale_model.", "tables of the noise on the condition"),
     ("depth_model.", "network that estimates depth"),
 )
@@ -121,14 +126,12 @@ def _look(file: TensorFile, prefix: str, first_stage: Glance | None) -> Look:
     kind = network_kind(own)
     assert kind is not None
     traits = {
-        "updown": any(
-            name.startswith("output_blocks.") and ".in_layers." in name and ".0." not in name[:18] for name in own
-        ),
+        "updown": any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in own),
         "labels": "label_emb.weight" in own,
         "dual": any(".x_block.attn2." in name for name in own),
         "qk_norm": any(name.endswith(".attn.ln_q.weight") for name in own),
     }
-    network = infer_network(own, {}, str(file.path))
+    network = infer_network(own, {}, str(file.path), prefix)
     latent = network["out_channels"] if first_stage is None else first_stage.config["embed_dim"]
     return Look(
         network=kind,
@@ -144,7 +147,7 @@ def _look(file: TensorFile, prefix: str, first_stage: Glance | None) -> Look:
 def _configs(
     file: TensorFile, prefix: str, first_stage: Glance | None, family: Family, look: Look
 ) -> tuple[dict[str, dict[str, Any]], tuple[Whose, ...]]:
-    network = infer_network(_own(file.shapes, prefix), family.network, str(file.path))
+    network = infer_network(_own(file.shapes, prefix), family.network, str(file.path), prefix)
     schedule = dict(family.schedule)
     if "betas" in file.shapes:
         schedule = read_schedule(file.read(["betas"])["betas"], family.schedule, str(file.path))

@@ -28,10 +28,11 @@ def network_kind(shapes: Shapes) -> str | None:
     return next((kind for kind, name in marks.items() if name in shapes), None)
 
 
-def infer_network(shapes: Shapes, facts: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The dict form of the network's config. `facts`: the family's; they win where shapes leave a choice."""
+def infer_network(shapes: Shapes, facts: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """The dict form of the network's config. `facts`: the family's; they win where shapes leave a choice. `where` and
+    `prefix` (of the names in the file) are for messages."""
     kind = network_kind(shapes)
-    read = _Reader(shapes, where)
+    read = _Reader(shapes, where, prefix)
     if kind == "mmdit":
         return {"kind": kind, **_mmdit(read), **facts}
     if kind == "dit":
@@ -42,15 +43,19 @@ def infer_network(shapes: Shapes, facts: Mapping[str, Any], where: str) -> dict[
 class _Reader:
     """Shapes, and what is missing as an error with its name."""
 
-    def __init__(self, shapes: Shapes, where: str) -> None:
-        self.shapes, self.where = shapes, where
+    def __init__(self, shapes: Shapes, where: str, prefix: str) -> None:
+        self.shapes, self.where, self.prefix = shapes, where, prefix
 
     def __call__(self, name: str, axis: int) -> int:
         shape = self.shapes.get(name)
         if shape is None:
-            raise DarkroomError(f"{self.where} lacks {name!r}: the file is incomplete or another kind of model")
+            raise DarkroomError(
+                f"{self.where} lacks '{self.prefix}{name}': the file is incomplete or another kind of model"
+            )
         if len(shape) <= axis or not shape[axis]:
-            raise DarkroomError(f"{self.where}: {name!r} has shape {shape}, which this kind of network has not")
+            raise DarkroomError(
+                f"{self.where}: '{self.prefix}{name}' has shape {shape}, which this kind of network has not"
+            )
         return shape[axis]
 
     def has(self, start: str) -> bool:

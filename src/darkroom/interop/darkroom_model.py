@@ -193,7 +193,7 @@ def _copies(found: FoundModel) -> dict[str, str]:
     shapes = found.source.shapes
     pairs = {name: FIRST_STAGE + name.removeprefix(CONDITION) for name in found.kept if name.startswith(CONDITION)}
     pairs = {name: original for name, original in pairs.items() if shapes.get(original) == shapes[name]}
-    result = {}
+    result: dict[str, str] = {}
     for names in groups(found.source, {name: Place((name, original)) for name, original in pairs.items()}):
         tensors = found.source.read([*names, *(pairs[name] for name in names)])
         result |= {name: pairs[name] for name in names if same_bits(tensors[name], tensors[pairs[name]])}
