@@ -24,7 +24,7 @@ from darkroom.interop.found_model import FoundModel, find_model
 
 FAMILY_OF_LAYOUT = {"sd-v2-1-v768": "sd-v2-v768"}  # the others have the layout's name
 # Read by training alone.
-TRAINING = ("use_checkpoint", "dropout", "drop_rate", "shuffle")
+TRAINING = ("use_checkpoint", "dropout", "drop_rate", "drop_rates", "shuffle")
 CONDITION = "cond_stage_model."
 
 
@@ -54,6 +54,8 @@ def encoders(config: dict[str, Any]) -> dict[str, Any]:
         for inner in (complete, *(value for value in complete.values() if isinstance(value, dict))):
             for key in (*TRAINING, "classes", "tokenizer", "network", "size"):
                 inner.pop(key, None)
+        if complete["kind"] == "sd3_text":  # trained with zeros, used with the empty text
+            del complete["no_text"]
         result[name] = complete
     return result
 
