@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
 COMPOSE = (
     "build",
     "assemble",
+    "adapters",
     "model_io",
     "whole_models",
     "exchange",

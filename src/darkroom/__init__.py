@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from darkroom.adapters import Adapter as Adapter
+    from darkroom.adapters import apply_adapters as apply_adapters
+    from darkroom.adapters import remove_adapters as remove_adapters
     from darkroom.conditioning.types import Conditioning as Conditioning
     from darkroom.denoiser import Denoiser as Denoiser
     from darkroom.diffusion.levels import NoiseLevel as NoiseLevel
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from darkroom.train_job import train as train
 
 _HOME = {
+    "Adapter": "darkroom.adapters",
+    "apply_adapters": "darkroom.adapters",
+    "remove_adapters": "darkroom.adapters",
     "Conditioning": "darkroom.conditioning.types",
     "Denoiser": "darkroom.denoiser",
     "DarkroomError": "darkroom.errors",

@@ -6,6 +6,7 @@ model's pixel type.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -116,6 +117,7 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.first_stage, self.denoiser, self.conditioner = first_stage, denoiser, conditioner
         self.info = dict(info or {})
+        self.adapters: Any = None  # what `darkroom.adapters` applied, and how to undo it
         # What the official file that it came from held besides, for its export: `Kept` of interop/darkroom_model.py.
         self.kept: Any = None
         self.eval()
@@ -512,7 +514,7 @@ class LatentDiffusion(nn.Module):
         ]
 
     def _identity(self) -> dict[str, Any]:
-        return {k: self.info[k] for k in ("name", "sha256") if k in self.info}
+        return copy.deepcopy({k: self.info[k] for k in ("name", "sha256", "adapters") if k in self.info})
 
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write a model folder (safetensors and JSON), atomically."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from darkroom.adapters import Given, apply_adapters, saved_info
 from darkroom.assemble import SkipInitialisation, build_model, latent_numbers, owned
 from darkroom.blueprint import check_fit, hollow
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, build_preview
@@ -103,6 +104,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     *,
     facts: Mapping[str, Any] | None = None,
+    adapters: Sequence[Given] = (),
 ) -> LatentDiffusion | FirstStage:
     """A model in eval mode from a model folder, a run folder or a bundled name (a path wins over a name), or from a
     file of the official code (.ckpt, .safetensors) or a diffusers folder: a whole model, or a first stage.
@@ -111,8 +113,24 @@ def load(
     `dtype`: precision of the denoiser's network; everything else stays in float32.
     `facts`: what an official file cannot say and its family's default has wrong: {"prediction": "epsilon"}; see
     `interop.found_model.FACTS`.
+    `adapters`: LoRA files and learned words to apply, each a path or (path, weight); see `darkroom.adapters`.
     What holds only a first stage gives a FirstStage.
     """
+    model = _load(source, weights, device, dtype, facts)
+    if adapters:
+        if not isinstance(model, LatentDiffusion):
+            raise DarkroomError(f"{source} is a first stage only; adapters change denoisers and text towers")
+        apply_adapters(model, adapters)
+    return model
+
+
+def _load(
+    source: str | Path,
+    weights: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    facts: Mapping[str, Any] | None,
+) -> LatentDiffusion | FirstStage:
     if weights not in WEIGHTS:
         raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
     on, precision = select_device(device), select_dtype(dtype)
@@ -302,7 +320,7 @@ def save(
     precision = None if str(dtype) == "auto" else select_dtype(dtype)
     destination = Path(folder).expanduser()
     parts = _parts(model)
-    known = {} if isinstance(model, FirstStage) else model.info
+    known = {} if isinstance(model, FirstStage) else saved_info(model)
     kept = {key: value for key, value in (known | dict(info or {})).items() if key not in _TRANSIENT}
     place = destination.resolve()
     kept.setdefault("name", place.parent.name if place.name == "model" else place.name)

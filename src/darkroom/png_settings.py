@@ -49,6 +49,7 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{width}x{height}" if width else None,
         "Model hash": model["sha256"][:10] if model.get("sha256") else None,
         "Model": model.get("name"),
+        "Adapters": ", ".join(f"{a['name']} {a['weight']:g}" for a in model.get("adapters", [])) or None,
         "Eta": request.get("eta") or None,
         "Class": own("class_labels"),
         "Images": len(request.get("seeds") or []) if index is None else None,

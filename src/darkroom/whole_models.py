@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from darkroom.adapters import saved_info
 from darkroom.assemble import checked_parts, hollow_parts, latent_numbers, shapes_of
 from darkroom.errors import DarkroomError
 from darkroom.interop.compvis_write import refuse_inexpressible, standard_tables, write_compvis_model
@@ -79,7 +80,7 @@ def found_in_memory(model: LatentDiffusion) -> FoundModel:
         kept_prefix="official/",
         aliases=dict(carried.aliases),
         renamed=dict(carried.renamed),
-        info=model.info,
+        info=saved_info(model),
     )
 
 

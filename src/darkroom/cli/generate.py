@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from darkroom.cli.adapters import adapter_options, digests_of, given_adapters, note_places, recorded_adapters
 from darkroom.cli.conditions import condition_options, given_files
 from darkroom.errors import DarkroomError
 
@@ -84,6 +85,7 @@ class SeedsCommand(click.Command):
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--class", "classes", multiple=True, metavar="NAME", help="A class by name or number (repeatable).")
 @click.option("-m", "--model", help=f"Model folder or bundled name. [default: {DEFAULT_MODEL}]")
+@adapter_options
 @click.option("--seed", "seeds", multiple=True, metavar="N...", help="Seeds: 7, or 1 2 5, or 0..15. [default: 0]")
 @click.option("-n", "--count", type=click.IntRange(1, MAX_SEEDS), help="So many images per prompt, seeds counted up.")
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and finer.")
@@ -156,6 +158,8 @@ class Given:
     guidance_interval: tuple[float, float] | None
     guidance_rescale: float | None
     guide: str | None
+    loras: tuple[str, ...]
+    embeddings: tuple[str, ...]
     solver: str | None
     eta: float | None
     width: int | None
@@ -258,6 +262,9 @@ def _repeat(given: Given, source: Path) -> None:
         given = replace(given, threads=min(max(threads, 1), 1024))
     if given.model is None:
         given = replace(given, model=_recorded_model(source, recorded))
+    if not (given.loras or given.embeddings):
+        loras, embeddings = recorded_adapters(source, recorded)
+        given = replace(given, loras=loras, embeddings=embeddings)
     if given.guide is None and recorded_guide:
         given = replace(given, guide=_recorded_model(source, recorded_guide, "--guide"))
     model = _load(given)
@@ -269,6 +276,7 @@ def _repeat(given: Given, source: Path) -> None:
         ("Darkroom", record.get("version"), __version__),
         ("torch", record.get("torch"), torch.__version__),
         ("thread count", threads, given.threads),
+        ("adapters", *(digests_of(entries) for entries in (recorded, model.info))),
     ):
         if then is not None and then != now:
             shown = (str(then)[:10], str(now)[:10]) if what == "model" else (then, now)
@@ -307,8 +315,9 @@ def _load(given: Given, name: str | None = None) -> LatentDiffusion:
 
     if name is None and given.model is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
         raise DarkroomError("no model was named and this version ships none; add -m MODEL")
+    adapters = given_adapters(given.loras, given.embeddings) if name is None else []
     name = name or given.model or DEFAULT_MODEL
-    model = load(name, device=given.device)
+    model = load(name, device=given.device, adapters=adapters)
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(f"{name} is a first stage only; it cannot generate by itself")
     if model.first_stage is None:
@@ -441,6 +450,7 @@ def _make(
                 for name, source in sources.items():
                     if source:
                         settings[name]["source"] = source
+                note_places(settings["model"], model, _shareable)
                 if target.grid:
                     grid.append((image, settings))
                 elif only is None or only == i:

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from darkroom.conditioning import vocabularies
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
-from darkroom.conditioning.tokens import SpecialIds, is_ids, pad_rows, real_tokens, text_body, without_padding
+from darkroom.conditioning.tokens import (
+    SpecialIds,
+    is_ids,
+    pad_rows,
+    real_tokens,
+    split_words,
+    text_body,
+    without_padding,
+)
 from darkroom.conditioning.types import Conditioning
 from darkroom.config import to_dict
 from darkroom.errors import DarkroomError
@@ -113,6 +121,14 @@ class TextTower(nn.Module):
         if longest is not None and config.length > longest:
             raise DarkroomError(f"text: length {config.length} is more than the tower {use.model} reads, {longest}")
         self._found: Tokenizer | None = None
+        # Words of learned embeddings, and the ids of their vectors, which follow the vocabulary's.
+        self.learned: dict[str, list[int]] = {}
+
+    @property
+    def table(self) -> tuple[nn.Module, str]:
+        """Where the network keeps the vectors of its tokens: module and name."""
+        place = {"clip": "text_model.embeddings.token_embedding", "open_clip": "token_embedding", "t5": "shared"}
+        return self.network.get_submodule(place[self.use.family]), "weight"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -161,7 +177,13 @@ class TextTower(nn.Module):
 
         def tokenize(text: str) -> list[int]:
             # The ids of nothing are known without a vocabulary.
-            return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+            if not text:
+                return []
+            ids: list[int] = []
+            for piece, learned in split_words(text, self.learned):
+                plain = self.tokenizer.encode(piece, add_special_tokens=False).ids if piece.strip() else []
+                ids += [*plain, *learned]
+            return ids
 
         return text_body(text or "", tokenize, self.special, self.config.length)
 

@@ -5,6 +5,7 @@ Shapes: B batch, L tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,25 @@ def text_body(text: str, tokenize: Callable[[str], Sequence[int]], special: Spec
     if length < len(start) + 1:
         raise DarkroomError(f"text: length {length} has no room for a text; give at least {len(start) + 1}")
     return [*start, *tokenize(text)[: length - len(start) - 1], special.end]
+
+
+def split_words(text: str, learned: Mapping[str, list[int]]) -> list[tuple[str, list[int]]]:
+    """("a photo of <cat> here", {"<cat>": [9, 10]}) -> [("a photo of ", [9, 10]), (" here", [])].
+
+    A learned word counts where it stands alone: not inside of a longer one. The longest that fits wins.
+    """
+    if not learned:
+        return [(text, [])]
+    words = sorted(learned, key=len, reverse=True)
+    alone = [
+        (r"(?<!\w)" if word[0].isalnum() else "") + re.escape(word) + (r"(?!\w)" if word[-1].isalnum() else "")
+        for word in words
+    ]
+    pieces, at = [], 0
+    for match in re.finditer("|".join(alone), text):
+        pieces.append((text[at : match.start()], learned[match[0]]))
+        at = match.end()
+    return [*pieces, (text[at:], [])]
 
 
 def pad_rows(rows: Sequence[Sequence[int] | Tensor], length: int, pad: int, size: int) -> Tensor:

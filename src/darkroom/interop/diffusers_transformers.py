@@ -347,3 +347,8 @@ def _norms(config: MMDiTConfig, ours: str, theirs: str) -> Iterator[Row]:
     for part in "qk" if config.qk_norm is not None else "":
         for name in ("weight", "bias") if config.qk_norm == "ln" else ("weight",):
             yield f"{ours}.ln_{part}.{name}", (f"{theirs}{part}.{name}",)
+
+
+def rows_of(config: DiTConfig | MMDiTConfig) -> list[Row]:
+    """(ours, theirs) for every tensor of a transformer."""
+    return list(_dit_rows(config) if isinstance(config, DiTConfig) else _sd3_rows(config))

@@ -87,6 +87,7 @@ def check_length(ids: Tensor, longest: int) -> None:
 class _Tower(nn.Module):
     """What both towers do with their own parts: embeddings, blocks, final norm, projection."""
 
+    config: Any
     longest: int
     eos_token_id: int | None
     special_ids: SpecialIds
@@ -125,7 +126,8 @@ class _Tower(nn.Module):
         for block in blocks[wanted:]:
             x = block(x)
         # Only one row per text is needed from here on.
-        last = norm(x[torch.arange(len(ids), device=x.device), end_of_text(ids, self.eos_token_id)])
+        known = ids.masked_fill(ids >= self.config.vocab_size, 0)  # learned tokens are behind the end token's number
+        last = norm(x[torch.arange(len(ids), device=x.device), end_of_text(known, self.eos_token_id)])
         return TextFeatures(context, self._project(last) if pool == "projected" else last)
 
     def unused(self, skip_layers: int = 0, final_norm: bool = True, pool: Pool = "none") -> list[nn.Parameter]:
