@@ -13,6 +13,7 @@ import torch
 from darkroom.adapters import saved_info
 from darkroom.assemble import checked_parts, hollow_parts, latent_numbers, shapes_of
 from darkroom.errors import DarkroomError
+from darkroom.interop import diffusers_write
 from darkroom.interop.compvis_write import refuse_inexpressible, standard_tables, write_compvis_model
 from darkroom.interop.darkroom_model import Kept, find_darkroom, write_kept, write_parts
 from darkroom.interop.first_stage_files import as_number, is_former_export, same_bits
@@ -89,30 +90,38 @@ def write_whole(found: FoundModel, destination: Path, to: str, weights: str = "a
     its place. weights: "all" that the source has, or one of "ema" and "live"."""
     if weights == "live" and not found.averaged:
         weights = "all"  # there are no others
-    if to == "diffusers":
-        raise DarkroomError("whole models are not written as diffusers folders; give --first-stage for that part")
     if found.latents is not None:
         for name, value in zip(LATENTS, found.latents, strict=True):
             latent_numbers(name, value, found.configs["first_stage"]["embed_dim"])
     if to == "compvis":
         refuse_inexpressible(found)
+    elif to == "diffusers":
+        diffusers_write.refuse_inexpressible(found)
     elif "float64" in found.dtypes:
         raise DarkroomError(f"{found.path} holds float64, which a Darkroom model would round; convert it to float32")
     parts = checked_parts(found)
     place: AbstractContextManager[Path] = (
         new_file(destination, replaces=is_former_export)
         if to == "compvis"
-        else new_folder(destination, replaces=is_model_folder)
+        else new_folder(destination, replaces=diffusers_write.is_former_folder if to == "diffusers" else is_model_folder)
     )
     with place as temporary:
         if to == "compvis":
             write_compvis_model(temporary, found, shapes_of(parts), weights)
-            written = find_model(temporary)
-            assert written is not None
+            written = _again(temporary)
+        elif to == "diffusers":
+            diffusers_write.write_diffusers_model(temporary, found, shapes_of(parts), weights)
+            written = _again(temporary)
         else:
             written = _write_folder(temporary, found, parts, weights, destination)
         tensors, kept = count_same(written, found, weights)
     return ModelConversion(found, destination, to, weights, tensors, kept)
+
+
+def _again(place: Path) -> FoundModel:
+    found = find_model(place)
+    assert found is not None
+    return found
 
 
 def _write_folder(
@@ -161,6 +170,7 @@ def count_same(written: FoundModel, source: FoundModel, weights: str) -> tuple[i
     return count + kept, kept
 
 
+<<<<<<< HEAD
 def _pairs(written: FoundModel, source: FoundModel, part: str, weights: str) -> list[tuple[str, Table, Table]]:
     """(part, table of the source, table of what was written), of every kind of weights that was written."""
     if weights == "all" and part in source.averaged:
@@ -186,3 +196,15 @@ def _compare(source: FoundModel, theirs: Table, written: FoundModel, ours: Table
             if not same_bits(*pair):
                 raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
     return len(theirs)
+=======
+def _count_kept(written: FoundModel, source: FoundModel) -> int:
+    """Those that only the official layout has."""
+    if not source.kept or not written.kept:
+        return 0
+    names = [name for name in source.kept if name in written.kept or "/" not in name]
+    for name in names:
+        first, second = (found.source.read([found.kept_place(name)]) for found in (source, written))
+        if not same_bits(first[source.kept_place(name)], second[written.kept_place(name)]):
+            raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
+    return len(names)
+>>>>>>> 5f3b657 (Diffusers folders: whole models in and out)

@@ -46,8 +46,8 @@ def compvis_content(found: FoundModel, shapes: Mapping[str, Mapping[str, Shape]]
         }
         means = found.averaged.get("denoiser", tables["denoiser"]) if weights == "all" else tables["denoiser"]
         content.add(averaged, found.source, means, shapes["denoiser"])
-    if found.kept:
-        for name in found.kept:
+    if found.official:
+        for name in found.official:
             if name in found.aliases:
                 content.made[name] = content.made[found.aliases[name]]
             else:
@@ -87,7 +87,7 @@ def network_prefix(found: FoundModel) -> str:
 
 def keeps_averages(found: FoundModel) -> bool:
     """Whether the file has averaged copies: as its source has, or as the official configuration expects."""
-    if found.layout == "compvis" or found.kept:
+    if found.layout == "compvis" or found.official:
         return bool(found.averaged) or f"{AVERAGED}decay" in found.kept
     return found.family != OWN and family_named(found.family).averaged
 

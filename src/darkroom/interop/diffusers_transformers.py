@@ -18,6 +18,7 @@ from torch import Tensor
 
 from darkroom.config import nearest
 from darkroom.errors import DarkroomError
+from darkroom.interop.tensor_source import Place, Table
 from darkroom.networks.dit import DiTConfig
 from darkroom.networks.mmdit import MMDiTConfig
 from darkroom.networks.positions import square_table
@@ -204,6 +205,23 @@ def _read(
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
+
+
+def dit_table(config: DiTConfig) -> Table:
+    """Our names -> where their tensors stand; without the table of positions, which they compute."""
+    return {ours: _place(theirs) for ours, theirs in _dit_rows(config)}
+
+
+def sd3_table(config: MMDiTConfig) -> Table:
+    """Our names -> where their tensors stand."""
+    return {ours: _place(theirs) for ours, theirs in _sd3_rows(config)}
+
+
+def _place(theirs: tuple[str, ...]) -> Place:
+    for mark, form in ((SWAPPED, "swapped"), (REPEATED, "repeated")):
+        if theirs[0].startswith(mark):
+            return Place(tuple(name.removeprefix(mark) for name in theirs), form)  # type: ignore[arg-type]
+    return Place(theirs)
 
 
 def dit_to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:

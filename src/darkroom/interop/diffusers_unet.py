@@ -137,7 +137,7 @@ def to_diffusers_config(
         "block_out_channels": channels,
         "layers_per_block": _one_if_equal([config.res_blocks(i) for i in levels]),
         "dropout": config.dropout,
-        "norm_num_groups": next(iter(_group_counts(config))),
+        "norm_num_groups": next(iter(group_counts(config))),
         "cross_attention_dim": config.context_dim,
         "transformer_layers_per_block": _one_if_equal([config.depth(i) for i in levels]),
         # diffusers' name is a historical mistake that it keeps: this is the number of heads.
@@ -194,7 +194,7 @@ def from_diffusers_config(config: Mapping[str, Any]) -> UNetConfig:
         **_class_option(get),
     )
     _refuse_what_diffusers_lacks(result)
-    groups = next(iter(_group_counts(result)))
+    groups = next(iter(group_counts(result)))
     if get["norm_num_groups"] != groups:
         raise DarkroomError(
             f'diffusers U-Net: "norm_num_groups" is {get["norm_num_groups"]!r}; norms of these widths have {groups} '
@@ -316,7 +316,7 @@ def _has_attention(config: UNetConfig, level: int) -> bool:
 
 def _refuse_what_diffusers_lacks(config: UNetConfig) -> None:
     c = config
-    groups = _group_counts(c)
+    groups = group_counts(c)
     label_and_vector = c.num_classes not in (None, "sequential") and c.adm_in_channels is not None
     for is_lacking, what in (
         (not c.use_spatial_transformer, "attention without use_spatial_transformer"),
@@ -334,7 +334,7 @@ def _refuse_what_diffusers_lacks(config: UNetConfig) -> None:
             raise DarkroomError(f"{CLASS_NAME} of diffusers has no {what}; this network cannot be exchanged with it")
 
 
-def _group_counts(config: UNetConfig) -> set[int]:
+def group_counts(config: UNetConfig) -> set[int]:
     """How many groups the norms have: at most 32, a divisor of each width. diffusers has one number for all."""
     widths, skips = {config.model_channels}, [config.model_channels]
     channels = config.model_channels

@@ -37,6 +37,7 @@ class FoundModel:
     latents:  shift and scale of the latents; None without a first stage
     kept:     tensors of the source that our model does not need, and what they are; a round trip gives them back
     kept_prefix: of their names in the source
+    kept_places: their names in the source, of those that have no such prefix
     aliases:  kept ones that are equal to a tensor of the first stage, whose official name is given
     renamed:  our names -> official ones that are not the usual ones
     info:     of the model: name, defaults of generation
@@ -54,6 +55,7 @@ class FoundModel:
     latents: tuple[Number, Number] | None = None
     kept: dict[str, str] = field(default_factory=dict)
     kept_prefix: str = ""
+    kept_places: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +70,12 @@ class FoundModel:
         if name in self.aliases:
             ours = "autoencoder." + self.aliases[name].removeprefix("first_stage_model.")
             return self.tables["first_stage"][ours].names[0]
-        return self.kept_prefix + name
+        return self.kept_places.get(name, self.kept_prefix + name)
+
+    @property
+    def official(self) -> dict[str, str]:
+        """The kept tensors of one official file; those of diffusers folders have their folder's name in front."""
+        return {name: what for name, what in self.kept.items() if "/" not in name}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -86,7 +93,10 @@ def find_model(path: Path) -> FoundModel | None:
     from darkroom.interop.tensor_file import is_weight_file
 
     if path.is_dir():
-        return None
+        from darkroom.interop.diffusers_folder import find_diffusers
+
+        with understanding(path, "a model"):
+            return find_diffusers(path)
     with understanding(path, "a model"):
         return find_compvis(path) if is_weight_file(path) else None
 

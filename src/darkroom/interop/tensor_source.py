@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
-Form = Literal["same", "transposed", "swapped", "repeated"]
+Form = Literal["same", "transposed", "swapped", "repeated", "heads"]
 GROUP_BYTES = 256 * 2**20  # read at once
 BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2,
          "int16": 2}  # fmt: skip
@@ -76,6 +76,22 @@ class MemorySource:
         return {name: self._tensors[name].detach().cpu() for name in names}
 
 
+class JoinedSource:
+    """Several sources whose names differ."""
+
+    def __init__(self, *sources: TensorSource) -> None:
+        self._sources = sources
+        self.shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
+        self.dtypes = {name: dtype for source in sources for name, dtype in source.dtypes.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        wanted = list(names)
+        result: dict[str, Tensor] = {}
+        for source in self._sources:
+            result |= source.read([name for name in wanted if name in source.shapes])
+        return result
+
+
 def size_of(source: TensorSource, name: str) -> int:
     """In bytes."""
     return math.prod(source.shapes[name]) * BYTES.get(source.dtypes[name], 1)
@@ -90,15 +106,18 @@ class Place:
 
     names: the source's; several are joined along the rows
     form:  "same" (also in another shape of as many numbers: a 1x1 convolution is a matrix), "transposed", "swapped"
-           (the halves of the rows are the other way round), "repeated" (all of them are the same tensor)
+           (the halves of the rows are the other way round), "repeated" (all of them are the same tensor), "heads"
+           (the rows of all of them in turn for one head after the other, as plain attention packs q, k and v)
     part:  (i, n): ours is the i-th of n equal parts of the rows of that one tensor
     shape: of theirs, for writing; None: that of ours
+    heads: of the form of that name
     """
 
     names: tuple[str, ...]
     form: Form = "same"
     part: tuple[int, int] | None = None
     shape: Shape | None = None
+    heads: int = 1
 
 
 def same(name: str) -> Place:
@@ -118,6 +137,9 @@ def fits(place: Place, shape: Shape, shapes: Mapping[str, Shape]) -> bool:
         return not left and (rows, *theirs[0][1:]) == shape
     if place.form == "repeated":
         return all(_squeezed(other) == _squeezed(shape) for other in theirs)
+    if place.form == "heads":
+        third = (shape[0] // len(theirs), *shape[1:])
+        return all(_squeezed(other) == _squeezed(third) for other in theirs) and not third[0] % place.heads
     if len(theirs) > 1:
         rows = sum(other[0] if other else 0 for other in theirs)
         return all(other[1:] == shape[1:] for other in theirs) and (rows, *theirs[0][1:]) == shape
@@ -147,6 +169,8 @@ def taken(place: Place, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         if differing:
             raise DarkroomError(f"{place.names[0]} and {differing[0]} should be one tensor and differ")
         return theirs[0].reshape(shape)
+    if place.form == "heads":
+        return torch.stack([other.unflatten(0, (place.heads, -1)) for other in theirs], dim=1).reshape(shape)
     return (theirs[0] if len(theirs) == 1 else torch.cat(theirs)).reshape(shape)
 
 
@@ -159,6 +183,7 @@ class Target:
     needs: tuple[str, ...]  # names of ours; several are the parts of one of theirs, in order
     form: Form
     piece: tuple[int, int]  # which of how many equal parts of the rows
+    heads: int = 1
 
     def made(self, ours: Mapping[str, Tensor]) -> Tensor:
         import torch
@@ -171,6 +196,8 @@ class Target:
         if self.form == "swapped":
             return torch.cat(tensor.chunk(2)[::-1])
         index, count = self.piece
+        if self.form == "heads":
+            return tensor.unflatten(0, (self.heads, count, -1))[:, index].reshape(self.shape)
         return (tensor if count == 1 else tensor.chunk(count)[index]).reshape(self.shape)
 
 
@@ -186,7 +213,7 @@ def inverse(table: Table, shapes: Mapping[str, Shape], dtypes: Mapping[str, str]
                 raise DarkroomError(f"{ours} and {result[name].needs[0]} would both be written as {name}")
             piece = (0, 1) if place.form == "repeated" else (index, len(place.names))
             shape = _their_shape(place, shapes[ours])
-            result[name] = Target(shape, dtypes[ours], (ours,), place.form, piece)
+            result[name] = Target(shape, dtypes[ours], (ours,), place.form, piece, place.heads)
     for name, found in parts.items():
         result[name] = replace(result[name], needs=tuple(found[index] for index in sorted(found)))
     return result

@@ -27,12 +27,17 @@ _FAMILIES: dict[str, tuple[Callable[[Any], nn.Module], type[Any], Mapping[str, A
 }
 
 
-def make_text_tower(family: str, model: str, options: Mapping[str, Any]) -> nn.Module:
-    """An untrained tower of a named size, with options that differ from it."""
-    network, config, sizes = _FAMILIES[family]
+def tower_config(family: str, model: str, options: Mapping[str, Any]) -> Any:
+    """The complete config of a named size, with options that differ from it."""
+    _, config, sizes = _FAMILIES[family]
     if model not in sizes:
         raise DarkroomError(f'text: "{model}" is not a size of {family}{nearest(model, sizes)}')
-    return network(from_dict(config, {**to_dict(sizes[model]), **options}, f"{family}.network"))
+    return from_dict(config, {**to_dict(sizes[model]), **options}, f"{family}.network")
+
+
+def make_text_tower(family: str, model: str, options: Mapping[str, Any]) -> nn.Module:
+    """An untrained tower of a named size, with options that differ from it."""
+    return _FAMILIES[family][0](tower_config(family, model, options))
 
 
 # By family, what makes a tower from the name of its size and options.
