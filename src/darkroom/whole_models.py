@@ -103,7 +103,9 @@ def write_whole(found: FoundModel, destination: Path, to: str, weights: str = "a
     place: AbstractContextManager[Path] = (
         new_file(destination, replaces=is_former_export)
         if to == "compvis"
-        else new_folder(destination, replaces=diffusers_write.is_former_folder if to == "diffusers" else is_model_folder)
+        else new_folder(
+            destination, replaces=diffusers_write.is_former_folder if to == "diffusers" else is_model_folder
+        )
     )
     with place as temporary:
         if to == "compvis":
@@ -165,12 +167,13 @@ def count_same(written: FoundModel, source: FoundModel, weights: str) -> tuple[i
     count = sum(_compare(source, theirs, written, ours, shapes[part]) for part, theirs, ours in compared)
     if not source.kept or not written.kept:
         return count, 0
-    theirs, ours = ({n: same(found.kept_place(n)) for n in found.kept} for found in (source, written))
+    # One official file has no place for what only diffusers' folders have.
+    names = [name for name in source.kept if name in written.kept or "/" not in name]
+    theirs, ours = ({n: same(found.kept_place(n)) for n in names if n in found.kept} for found in (source, written))
     kept = _compare(source, theirs, written, ours, {n: source.source.shapes[p.names[0]] for n, p in theirs.items()})
     return count + kept, kept
 
 
-<<<<<<< HEAD
 def _pairs(written: FoundModel, source: FoundModel, part: str, weights: str) -> list[tuple[str, Table, Table]]:
     """(part, table of the source, table of what was written), of every kind of weights that was written."""
     if weights == "all" and part in source.averaged:
@@ -196,15 +199,3 @@ def _compare(source: FoundModel, theirs: Table, written: FoundModel, ours: Table
             if not same_bits(*pair):
                 raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
     return len(theirs)
-=======
-def _count_kept(written: FoundModel, source: FoundModel) -> int:
-    """Those that only the official layout has."""
-    if not source.kept or not written.kept:
-        return 0
-    names = [name for name in source.kept if name in written.kept or "/" not in name]
-    for name in names:
-        first, second = (found.source.read([found.kept_place(name)]) for found in (source, written))
-        if not same_bits(first[source.kept_place(name)], second[written.kept_place(name)]):
-            raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
-    return len(names)
->>>>>>> 5f3b657 (Diffusers folders: whole models in and out)

@@ -171,6 +171,8 @@ def _conditions_lacking(encoders: Mapping[str, Mapping[str, Any]], network: Mapp
     problems = []
     for encoder in encoders.values():
         kind = encoder["kind"]
+        if kind == "clip" and encoder.get("model") == "ViT-H-14":
+            problems.append("text tower of SD 2 without its last layer (as diffusers keeps it)")
         if kind == "class" and encoder.get("slot", "context") == "vector":
             problems.append("class as a vector")
         if kind in ("text", "boxes"):

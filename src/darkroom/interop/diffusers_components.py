@@ -98,9 +98,17 @@ def _network(
     config: UNetConfig | DiTConfig | MMDiTConfig, encoders: Mapping[str, Mapping[str, Any]], sample_size: int | None
 ) -> Component:
     if isinstance(config, DiTConfig):
-        folder, values, table = "transformer", transformers.dit_to_diffusers_config(config), transformers.dit_table(config)
+        folder, values, table = (
+            "transformer",
+            transformers.dit_to_diffusers_config(config),
+            transformers.dit_table(config),
+        )
     elif isinstance(config, MMDiTConfig):
-        folder, values, table = "transformer", transformers.sd3_to_diffusers_config(config), transformers.sd3_table(config)
+        folder, values, table = (
+            "transformer",
+            transformers.sd3_to_diffusers_config(config),
+            transformers.sd3_table(config),
+        )
     elif config.use_spatial_transformer:
         sizes = next((e for e in encoders.values() if e["kind"] == "sizes"), None)
         added = None if sizes is None else int(sizes.get("width", unet.ADDED_WIDTH))
@@ -139,7 +147,10 @@ def towers_of(encoder: Mapping[str, Any]) -> dict[str, tuple[TowerConfig, Use]]:
         found = {"tower": (config, config.use())}
     else:
         assert isinstance(config, SDXLTextConfig | SD3TextConfig)
-        found = {n: (tower, use) for n, use in config.uses.items() if (tower := getattr(config, n)) is not None}
+        uses = dict(config.uses)
+        if isinstance(config, SD3TextConfig) and config.project_l:
+            uses["clip_l"] = replace(uses["clip_l"], pool="projected")
+        found = {n: (tower, use) for n, use in uses.items() if (tower := getattr(config, n)) is not None}
     return {
         name: (tower, replace(use, family=tower.family or use.family, model=tower.model or use.model))
         for name, (tower, use) in found.items()
@@ -227,7 +238,11 @@ def check_towers(encoders: Mapping[str, Mapping[str, Any]]) -> None:
             (not arranged and towers["tower"][1].pool != "none", "vector of a text"),
             (any(use.final_norm == arranged for _, use in clips), "final norm of the text (final_norm)"),
             (arranged and any(use.skip_layers != 1 for _, use in clips), "other layer of a text tower"),
-            (encoder.get("no_text", "zeros" if kind == "sdxl_text" else "empty") != ("zeros" if kind == "sdxl_text" else "empty"), f"no_text: {encoder.get('no_text')}"),
+            (
+                encoder.get("no_text", "zeros" if kind == "sdxl_text" else "empty")
+                != ("zeros" if kind == "sdxl_text" else "empty"),
+                f"no_text: {encoder.get('no_text')}",
+            ),
             (kind == "sdxl_text" and "clip_l" not in towers, "SDXL with one text tower"),
         ):
             if is_lacking:

@@ -28,8 +28,6 @@ from darkroom.interop.diffusers_unet2d import from_unet2d_config
 from darkroom.interop.families import Look
 from darkroom.interop.first_stage_files import CONFIG
 from darkroom.interop.found_model import OWN
-from darkroom.networks.dit import DiTConfig
-from darkroom.networks.mmdit import MMDiTConfig
 from darkroom.safe_files import read_json
 
 if TYPE_CHECKING:
@@ -126,7 +124,9 @@ def _network(place: Path) -> dict[str, Any]:
     config = read_json(place, "config")
     name = str(config.get("_class_name"))
     if name not in NETWORK_CLASSES:
-        raise DarkroomError(f"{place} is the config of a diffusers {name}; {', '.join(NETWORK_CLASSES)} can be read here")
+        raise DarkroomError(
+            f"{place} is the config of a diffusers {name}; {', '.join(NETWORK_CLASSES)} can be read here"
+        )
     if name == "Transformer2DModel":
         config = {key: value for key, value in config.items() if key not in OLD_DIT} | {"_class_name": DIT_CLASS}
     read: Any = NETWORK_CLASSES[name]
@@ -152,7 +152,9 @@ def _encoders(
         place = path / "bert" / CONFIG
         encoder = text.read_bert(read_json(place, "config"), str(place))
         if (folder := vocabularies.find_vocabulary("bert", [path / "tokenizer"])) is not None:
-            encoder["tokenizer"] = vocabularies.read_vocabulary(folder, "bert").to_str()
+            tokenizer = vocabularies.read_vocabulary(folder, "bert")
+            if tokenizer.get_vocab_size() == encoder["vocabulary_size"]:
+                encoder["tokenizer"] = tokenizer.to_str()
         return {"text": encoder}, ["bert"]
     if "text_encoder_2" in names:
         return _sdxl(path, names)
@@ -236,10 +238,8 @@ def _sizes_width(path: Path) -> int:
     return int(read_json(path / "unet" / CONFIG, "config").get("addition_time_embed_dim") or ADDED_WIDTH)
 
 
-def _sd3(
-    path: Path, names: list[str], network: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    folders = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if name in names]
+def _sd3(path: Path, names: list[str], network: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    folders: list[str] = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if name in names]
     if folders[:2] != ["text_encoder", "text_encoder_2"]:
         raise DarkroomError(f"{path} lacks a text tower: text_encoder and text_encoder_2 are needed")
     encoder: dict[str, Any] = {"kind": "sd3_text", "project_l": True, "t5": None, "context_dim": network["context_dim"]}

@@ -52,7 +52,12 @@ def find_diffusers(path: Path) -> FoundModel | None:
 
 def component_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The weight files of a component: one, or the parts that an index names; none where there are none."""
-    for stem, suffix in ((MODEL, "safetensors"), (TRANSFORMER, "safetensors"), (MODEL, "bin"), ("pytorch_model", "bin")):
+    for stem, suffix in (
+        (MODEL, "safetensors"),
+        (TRANSFORMER, "safetensors"),
+        (MODEL, "bin"),
+        ("pytorch_model", "bin"),
+    ):
         for middle in (f"{variant}.",) if variant else ("", "fp16."):
             if (place := folder / f"{stem}.{middle}{suffix}").is_file():
                 return [place]
@@ -69,7 +74,9 @@ def component_files(folder: Path, variant: str | None = None) -> list[Path]:
 def _open(path: Path, folder: str, variant: str | None = None) -> list[tuple[str, TensorFile]]:
     files = [(f"{folder}/", open_tensor_file(place)) for place in component_files(path / folder, variant)]
     if not files and variant is None:
-        raise DarkroomError(f"{path / folder} holds no weights; {MODEL}.safetensors or {TRANSFORMER}.safetensors is needed")
+        raise DarkroomError(
+            f"{path / folder} holds no weights; {MODEL}.safetensors or {TRANSFORMER}.safetensors is needed"
+        )
     return files
 
 
@@ -156,7 +163,10 @@ def _stored_name(name: str, shapes: Mapping[str, Shape]) -> str:
     if name in shapes:
         return name
     folder, _, rest = name.partition("/")
-    options = [f"{folder}/{rest.removeprefix('text_model.')}", name.replace("shared.weight", "encoder.embed_tokens.weight")]
+    options = [
+        f"{folder}/{rest.removeprefix('text_model.')}",
+        name.replace("shared.weight", "encoder.embed_tokens.weight"),
+    ]
     if ".attentions." in rest:
         for new, old in autoencoders.OLD_ATTENTION.items():
             options += [f"{start}.{old}{end}" for start, dot, end in [rest_of(name, new)] if dot]
@@ -211,7 +221,7 @@ def _noted(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
         configs, latents = dict(note["configs"]), (note["latents"][0], note["latents"][1])
         family, kept, info = str(note["family"]), dict(note["kept"]), dict(note["info"])
         aliases, renamed, name = dict(note["aliases"]), dict(note["renamed"]), str(note["autoencoder"])
-        places = dict(note["places"])
+        places: dict[str, str] = dict(note["places"])
         shapes = {part: {n: tuple(s) for n, s in table.items()} for part, table in note["shapes"].items()}
         found = components(configs, shapes, latents, Pipeline(pipeline, name))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError):
@@ -235,7 +245,7 @@ def _noted(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
     joined = JoinedSource(source, FileSource(live_files))
     made = {f"{c.folder}/{n}" for c in found for n in c.ready}
     used = made | {n for t in (*tables.values(), *live.values()) for place in t.values() for n in place.names}
-    used |= {places.get(n, n) for n in kept if n not in aliases}
+    used |= {str(places.get(n, n)) for n in kept if n not in aliases}
     if unknown := [n for n in joined.shapes if n not in used]:
         raise DarkroomError(f"{path} holds {len(unknown)} tensors of no known part ({some(unknown)})")
     if missing := [n for n in kept if n not in aliases and places.get(n, n) not in source.shapes]:
@@ -259,7 +269,9 @@ def _noted(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
     )
 
 
-def note_text(found: FoundModel, autoencoder: str, shapes: Mapping[str, Mapping[str, Shape]], places: Mapping[str, str]) -> str:
+def note_text(
+    found: FoundModel, autoencoder: str, shapes: Mapping[str, Mapping[str, Shape]], places: Mapping[str, str]
+) -> str:
     """What `_noted` reads. `places`: of kept tensors, the names in the written folder's files."""
     note = {
         "family": found.family,

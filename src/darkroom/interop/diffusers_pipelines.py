@@ -117,8 +117,8 @@ def _refuse(pipeline: Pipeline, configs: Mapping[str, Mapping[str, Any]], latent
     denoiser = configs["denoiser"]
     flow = denoiser.get("schedule", {}).get("kind", "ldm") == "flow"
     per_channel = latents is not None and any(isinstance(value, list) for value in latents)
-    low = next((e for e in encoders.values() if e["kind"] == "low_resolution"), {})
-    mask = next((e for e in encoders.values() if e["kind"] == "masked_image"), {})
+    low: Mapping[str, Any] = next((e for e in encoders.values() if e["kind"] == "low_resolution"), {})
+    mask: Mapping[str, Any] = next((e for e in encoders.values() if e["kind"] == "masked_image"), {})
     depth = "depth" in pipeline.name.lower()
     wrong_sizes = pipeline is XL and any(
         list(e.get("parts", ())) not in ([], ["original_size", "crop", "target_size"]) for e in encoders.values()
@@ -144,4 +144,6 @@ def _refuse(pipeline: Pipeline, configs: Mapping[str, Mapping[str, Any]], latent
 
 def _usual_mask(mask: Mapping[str, Any]) -> bool:
     usual = {"mask_first": True, "normalised": True, "fill": 0.0, "mask_range": [0.0, 1.0]}
-    return all((list(v) if isinstance(v := mask.get(key, value), tuple) else v) == value for key, value in usual.items())
+    return all(
+        (list(v) if isinstance(v := mask.get(key, value), tuple) else v) == value for key, value in usual.items()
+    )

@@ -48,7 +48,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # the same tensor; files hold one of them or both
 FEED_FORWARD = {"relu": "relu", "gated-gelu": "gated-gelu"}
 
-# --------------------------------------------------------------------------------------------------------- CLIP, OpenCLIP
+# ------------------------------------------------------------------------------------------------------ CLIP, OpenCLIP
 
 
 def clip_config(config: CLIPTextConfig | OpenCLIPTextConfig, layers: int, projected: bool) -> dict[str, Any]:

@@ -67,7 +67,11 @@ def _t5(folder: Path, text: str, length: int) -> list[str]:
     _write(folder, "tokenizer.json", content)
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     _write(folder, "special_tokens_map.json", special)
-    _write(folder, "tokenizer_config.json", {**special, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length})
+    _write(
+        folder,
+        "tokenizer_config.json",
+        {**special, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length},
+    )
     return ["transformers", "PreTrainedTokenizerFast"]
 
 

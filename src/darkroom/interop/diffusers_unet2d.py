@@ -36,7 +36,6 @@ NEUTRAL: dict[str, Any] = {
     "downsample_padding": 1,
     "act_fn": "silu",
     "norm_eps": 1e-5,
-    "attn_norm_num_groups": None,
     "add_attention": True,
     "class_embed_type": None,
 }
@@ -54,6 +53,7 @@ TRANSLATED: dict[str, Any] = {
     "dropout": 0.0,
     "attention_head_dim": 8,
     "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
     "resnet_time_scale_shift": "default",
     "num_class_embeds": None,
 }
@@ -94,6 +94,8 @@ def to_unet2d_config(config: UNetConfig, sample_size: int | None = None) -> dict
         "dropout": c.dropout,
         "attention_head_dim": width,
         "norm_num_groups": next(iter(groups)),
+        # Said only where theirs would leave the middle's norm out.
+        "attn_norm_num_groups": next(iter(groups)) if c.use_scale_shift_norm else None,
         "resnet_time_scale_shift": "scale_shift" if c.use_scale_shift_norm else "default",
         "num_class_embeds": c.num_classes,
     }
@@ -115,7 +117,9 @@ def from_unet2d_config(config: Mapping[str, Any]) -> UNetConfig:
         if key not in known:
             raise DarkroomError(f'diffusers {CLASS_NAME}: unknown config entry "{key}"{nearest(key, known)}')
         if key in NEUTRAL and value != NEUTRAL[key]:
-            raise DarkroomError(f'diffusers {CLASS_NAME}: "{key}" is {value!r}; only {NEUTRAL[key]!r} has an equivalent here')
+            raise DarkroomError(
+                f'diffusers {CLASS_NAME}: "{key}" is {value!r}; only {NEUTRAL[key]!r} has an equivalent here'
+            )
     get = {**TRANSLATED, **given}
     channels = list(get["block_out_channels"])
     down, up = list(get["down_block_types"]), list(get["up_block_types"])
@@ -144,6 +148,12 @@ def from_unet2d_config(config: Mapping[str, Any]) -> UNetConfig:
         resblock_updown=in_blocks,
         dropout=get["dropout"],
     )
+    in_middle = get["attn_norm_num_groups"] or (None if result.use_scale_shift_norm else get["norm_num_groups"])
+    if in_middle != get["norm_num_groups"]:
+        raise DarkroomError(
+            f'diffusers {CLASS_NAME}: "attn_norm_num_groups" is {get["attn_norm_num_groups"]!r}; only the norm of the '
+            "other blocks has an equivalent here"
+        )
     if group_counts(result) != {get["norm_num_groups"]}:
         raise DarkroomError(
             f'diffusers {CLASS_NAME}: "norm_num_groups" is {get["norm_num_groups"]!r}; norms of these widths have '

@@ -168,7 +168,12 @@ def _of_pipeline(folder: Path, pipeline: Pipeline, found: FoundModel) -> dict[st
     encoders = {encoder["kind"]: encoder for encoder in found.configs["conditioner"]["encoders"].values()}
     none = [None, None]
     if name in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        return {"safety_checker": none, "feature_extractor": none, "image_encoder": none, "requires_safety_checker": False}
+        return {
+            "safety_checker": none,
+            "feature_extractor": none,
+            "image_encoder": none,
+            "requires_safety_checker": False,
+        }
     if name == "StableDiffusionDepth2ImgPipeline":
         return {"depth_estimator": none, "feature_extractor": none}
     if name == "StableDiffusionUpscalePipeline":
@@ -192,7 +197,9 @@ def _of_pipeline(folder: Path, pipeline: Pipeline, found: FoundModel) -> dict[st
         if "class" not in encoders or encoders["class"].get("slot") == "label":
             result["class_embedder"] = none
         if "class" in encoders:
-            result["null_class"] = len(encoders["class"]["classes"]) if encoders["class"].get("null_class", True) else None
+            result["null_class"] = (
+                len(encoders["class"]["classes"]) if encoders["class"].get("null_class", True) else None
+            )
         return result
     return {}
 

@@ -84,7 +84,9 @@ class FoundModel:
 
     @property
     def dtypes(self) -> set[str]:
-        return {self.source.dtypes[n] for table in self.tables.values() for p in table.values() for n in p.names}
+        """Of the tensors that are there; `check_tables` tells of those that are not."""
+        names = {n for table in self.tables.values() for place in table.values() for n in place.names}
+        return {self.source.dtypes[name] for name in names if name in self.source.dtypes}
 
 
 def find_model(path: Path) -> FoundModel | None:
