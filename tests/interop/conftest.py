@@ -1,15 +1,32 @@
-"""Folders for files of hundreds of megabytes, emptied at once: pytest keeps its own for three sessions."""
+"""Folders for files of hundreds of megabytes, and the command that must refuse."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from darkroom.cli.main import main
+
 
 @pytest.fixture
 def big_path(tmp_path: Path) -> Iterator[Path]:
+    """Emptied at once: pytest keeps its own for three sessions."""
     yield tmp_path
     shutil.rmtree(tmp_path)
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`darkroom convert` or another command must leave with status 2 and one line on standard error; gives the line."""
+
+    def refused(*arguments: object) -> str:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        out, error = capfd.readouterr()
+        assert status == 2 and out == "" and error.startswith("darkroom: ") and error.count("\n") == 1, (out, error)
+        return error
+
+    return refused

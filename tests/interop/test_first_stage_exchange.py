@@ -40,20 +40,6 @@ def theirs_encode(model: Any, image: Tensor) -> Tensor:
     return model.encode(image).latent_dist.mean if isinstance(model, AutoencoderKL) else model.encode(image).latents
 
 
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`darkroom convert` or another command must leave with status 2 and one line on standard error; gives the line."""
-
-    def refused(*arguments: object) -> str:
-        capfd.readouterr()
-        status = main([str(argument) for argument in arguments])
-        out, error = capfd.readouterr()
-        assert status == 2 and out == "" and error.startswith("darkroom: ") and error.count("\n") == 1, (out, error)
-        return error
-
-    return refused
-
-
 # --- against diffusers' classes
 
 

@@ -79,6 +79,7 @@ def _image(path: Path) -> dict[str, Any]:
 
 
 def _weight_file(path: Path) -> dict[str, Any]:
+    from darkroom.interop.compvis_model import describe as describe_model
     from darkroom.interop.first_stage_files import glance
     from darkroom.interop.tensor_file import open_tensor_file
     from darkroom.model_folder import guess_family
@@ -94,6 +95,10 @@ def _weight_file(path: Path) -> dict[str, Any]:
         "metadata": {key: value[:200] for key, value in file.notes.items()},
         "holds": guess_family(file.shapes),
     }
+    try:
+        facts |= describe_model(file) or {}
+    except DarkroomError as error:
+        facts["model"] = f"cannot be loaded: {error}"
     try:
         if (found := glance(file)) is not None:
             from darkroom.interop.compvis_first_stage import describe
@@ -133,7 +138,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     if "parts" in facts:
         return _model_lines(facts)
     lines = [facts["path"], f"  {facts['kind']}"]
-    for key in ("holds", "first stage", "latents", "size", "mode", "settings"):
+    for key in ("holds", "model", "prediction", "parts of it", "first stage", "latents", "size", "mode", "settings"):
         if key in facts:
             lines.append(f"  {key}: {facts[key]}")
     if "tensors" in facts:

@@ -56,8 +56,8 @@ KEPT_ENDS = (
 def find_compvis(path: Path) -> FoundModel | None:
     """The whole model in a weight file; None where there is no denoiser in it that is known here."""
     file = open_tensor_file(path)
-    prefix = next((p for p in (NETWORK, "") if network_kind(_own(file.shapes, p))), None)
-    if prefix is None or (not prefix and network_kind(file.shapes) != "dit"):
+    prefix = _network_prefix(file)
+    if prefix is None:
         return None
     first_stage = glance(file)
     if MODEL_NOTE in file.notes and EXPORTED_BY in file.notes:
@@ -67,6 +67,8 @@ def find_compvis(path: Path) -> FoundModel | None:
     configs, whose = _configs(file, prefix, first_stage, family, look)
     tables, averaged, kept = _sorted_out(file, prefix, first_stage, whose, look)
     facts = {"prediction": f"{family.prediction} (of the family)"}
+    if look.network == "mmdit" and look.conditions is None:
+        facts["text towers"] = "none in the file; --set text_towers=PATH adds them"
     return FoundModel(
         path=path,
         layout="compvis",
@@ -81,6 +83,34 @@ def find_compvis(path: Path) -> FoundModel | None:
         info={"name": path.stem, "family": family.name, "defaults": family.defaults},
         facts=facts,
     )
+
+
+def _network_prefix(file: TensorFile) -> str | None:
+    """Of the denoiser's names; a bare network is a model by itself only in DiT's layout."""
+    prefix = next((p for p in (NETWORK, "") if network_kind(_own(file.shapes, p))), None)
+    return None if prefix == "" and network_kind(file.shapes) != "dit" else prefix
+
+
+def describe(file: TensorFile) -> dict[str, Any] | None:
+    """The family and the parts of a whole model for people, from names and shapes alone; None if there is none."""
+    prefix = _network_prefix(file)
+    if prefix is None:
+        return None
+    first_stage = glance(file)
+    look = _look(file, prefix, first_stage)
+    if MODEL_NOTE in file.notes and EXPORTED_BY in file.notes:
+        return {"model": f"{_noted(file, prefix, first_stage).title}, written by {file.notes[EXPORTED_BY]}"}
+    family = families.recognise(look, str(file.path))
+    whose = find_conditions(file.shapes, look.conditions, family.name).whose
+    tables, averaged, kept = _sorted_out(file, prefix, first_stage, whose, look)
+    counts = {part: len(table) for part, table in tables.items() if table}
+    counts |= {"averaged copies": len(averaged["denoiser"])} if averaged else {}
+    counts |= {"kept besides": len(kept)} if kept else {}
+    return {
+        "model": family.title,
+        "prediction": f"{family.prediction}, as its family; --set prediction=... says otherwise",
+        "parts of it": ", ".join(f"{what.replace('_', ' ')} {count} tensors" for what, count in counts.items()),
+    }
 
 
 def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundModel:

@@ -117,7 +117,12 @@ FACTS = {
 
 def with_facts(found: FoundModel, facts: Mapping[str, Any]) -> FoundModel:
     """The same source, understood differently. `facts`: short names (`FACTS`, "scale", "shift"), or the dotted name of
-    any entry of the configs."""
+    any entry of the configs; "text_towers": files of towers that the source leaves out."""
+    if "text_towers" in facts:
+        from darkroom.interop.added_towers import with_towers  # imports torch
+
+        found = with_towers(found, facts["text_towers"])
+        facts = {name: value for name, value in facts.items() if name != "text_towers"}
     latents, changes = found.latents, {}
     for name, value in facts.items():
         if name in LATENTS:
@@ -127,7 +132,7 @@ def with_facts(found: FoundModel, facts: Mapping[str, Any]) -> FoundModel:
         elif name in FACTS or name.split(".")[0] in PARTS:
             changes[FACTS.get(name, name).replace("conditioner.", "conditioner.encoders.", 1)] = value
         else:
-            raise DarkroomError(f'"{name}" is no fact of a model{nearest(name, [*LATENTS, *FACTS])}')
+            raise DarkroomError(f'"{name}" is no fact of a model{nearest(name, [*LATENTS, *FACTS, "text_towers"])}')
     configs: dict[str, Any] = with_overrides(found.configs, changes)
     if "num_heads" in facts and "num_head_channels" not in facts:  # of the two the other would win
         configs["denoiser"]["network"]["num_head_channels"] = None
@@ -152,8 +157,8 @@ def check_tables(found: FoundModel, expected: Mapping[str, Mapping[str, Shape]])
                 _compare(ours, shape, table.get(ours), found.source, missing, wrong)
     problems = [
         f"{len(names)} tensor{'s' * (len(names) != 1)} {verb} ({some(names)})"
-        for verb, names in (("missing", missing), ("unknown", unknown), ("of another shape or type", wrong))
-        if names
+        for verb, found_names in (("missing", missing), ("unknown", unknown), ("of another shape or type", wrong))
+        if (names := list(dict.fromkeys(found_names)))  # averaged copies lack what their originals lack
     ]
     if problems:
         raise DarkroomError(f"{found.path} does not fit {found.title}: {', '.join(problems)}")

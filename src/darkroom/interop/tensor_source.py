@@ -53,6 +53,15 @@ class FileSource:
                 self.shapes[full], self.dtypes[full] = shape, file.dtypes[name]
                 self._places[full] = (file, name)
 
+    def joined(self, other: FileSource) -> FileSource:
+        """The tensors of both, whose names differ."""
+        both = FileSource([])
+        for source in (self, other):
+            both.shapes |= source.shapes
+            both.dtypes |= source.dtypes
+            both._places |= source._places
+        return both
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         by_file: dict[Path, tuple[TensorFile, dict[str, str]]] = {}
         for full in names:
