@@ -25,6 +25,7 @@ from darkroom.interop.first_stage_files import (
     write_compvis,
     write_diffusers,
 )
+from darkroom.interop.first_stage_rest import count_rest, rest_of, write_rest
 from darkroom.interop.found_model import with_facts
 from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
 from darkroom.latent_diffusion import LatentDiffusion
@@ -145,11 +146,13 @@ def convert(
         replaced = new_file if to == "compvis" else new_folder
         write = write_compvis if to == "compvis" else write_diffusers
         with replaced(place, replaces=is_former_export) as temporary:
-            write(temporary, found.read(weights), wanted.config, wanted.shift, wanted.scale)
+            rest = rest_of(found) if to == "compvis" else None
+            beside = {} if rest is None else rest.file.read(rest.names)
+            write(temporary, found.read(weights) | beside, wanted.config, wanted.shift, wanted.scale)
             progress(2)
             again = find_first_stage(temporary)
             assert again is not None
-            tensors = count_equal(again, found, weights)
+            tensors = count_equal(again, found, weights) + (count_rest(again, found) if beside else 0)
     progress(3)
     return Conversion(found, place, to, wanted.shift, wanted.scale, scale_from, tensors)
 
@@ -174,9 +177,10 @@ def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> int:
     counted: list[int] = []
 
     def verify(written: Path) -> None:
-        counted.append(
-            count_equal(in_darkroom_folder(written, written / "first_stage", WEIGHTS["ema"], None), wanted, weights)
-        )
+        if (rest := rest_of(wanted)) is not None:
+            write_rest(written, rest)
+        again = in_darkroom_folder(written, written / "first_stage", WEIGHTS["ema"], None)
+        counted.append(count_equal(again, wanted, weights) + count_rest(again, wanted))
 
     first_stage = build_found(wanted, weights)
     set_latents(first_stage, wanted.shift, wanted.scale)

@@ -335,7 +335,7 @@ def test_convert_says_what_it_did(tmp_path: Path, capfd: pytest.CaptureFixture[s
     out = capfd.readouterr().out
     assert "KL, f 2, 3 latent channels" in out and "log-variance of the loss (1 tensor)" in out
     assert "shift 0, scale 0.5 (from what was asked for)" in out
-    assert f"{len(state)} tensors, bit for bit" in out
+    assert f"{len(state) + 1} tensors, bit for bit" in out
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "diffusers"]) == 0
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["scaling_factor"] == 0.5
     assert main(["info", str(tmp_path / "theirs")]) == 0

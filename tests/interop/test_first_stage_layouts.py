@@ -24,12 +24,15 @@ from official_files import (
 )
 from parity_data import case_names, load_case, weights
 
+from darkroom.errors import DarkroomError
 from darkroom.exchange import convert
 from darkroom.interop import compvis_first_stage as compvis
 from darkroom.interop import diffusers_first_stage as diffusers
 from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage, same_bits
+from darkroom.interop.first_stage_rest import count_rest
 from darkroom.interop.tensor_file import open_tensor_file
 from darkroom.model_io import load, load_first_stage
+from darkroom.safe_files import write_safetensors
 
 
 def found(path: Path) -> FoundFirstStage:
@@ -184,6 +187,51 @@ def test_numbers_come_back_from_every_layout(topic: str, name: str, suffix: str,
     assert all(
         torch.equal(a[key], b[key]) for a in loaded for b in loaded for key in a if key not in ("shift", "scale")
     )
+
+
+@pytest.mark.parametrize("through", ["ours", None])
+def test_the_rest_of_a_file_comes_back(through: str | None, tmp_path: Path) -> None:
+    """Perceptual network and discriminator are no part of the model, and of the file they are."""
+    _, state = golden("autoencoder_kl", "kl_f8_attn")
+    state |= {
+        "loss.logvar": torch.tensor(0.25),
+        "loss.discriminator.main.2.weight": torch.randn(4, 3, 4, 4),
+        "loss.discriminator.main.3.num_batches_tracked": torch.tensor(7),
+    }
+    path = write_checkpoint(tmp_path / "official.ckpt", state)
+    if through is not None:
+        assert convert(path, tmp_path / through).tensors == len(state)
+        path = tmp_path / through
+    assert convert(path, tmp_path / "again.safetensors").tensors == len(state)
+    again = open_tensor_file(tmp_path / "again.safetensors")
+    tensors = again.read(again.shapes)
+    assert tensors.keys() == state.keys() and all(same_bits(tensors[key], state[key]) for key in state)
+    if through is not None:
+        kept = tmp_path / through / "official" / "kept.safetensors"
+        content = open_tensor_file(kept)
+        changed = {name: tensor + 1 for name, tensor in content.read(content.shapes).items()}
+        kept.unlink()
+        write_safetensors(kept, changed)
+        source, other = (find_first_stage(p) for p in (tmp_path / "official.ckpt", tmp_path / "again.safetensors"))
+        assert source is not None and other is not None and count_rest(other, source) == 3
+        with pytest.raises(DarkroomError, match=r"does not give back loss\.\w+"):
+            convert(tmp_path / through, tmp_path / "changed.safetensors")
+            changed_one = find_first_stage(tmp_path / "changed.safetensors")
+            assert changed_one is not None
+            count_rest(changed_one, source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BARE)
+def test_every_tensor_of_the_published_first_stages_comes_back(name: str, big_path: Path) -> None:
+    spec = layout(name)
+    state = weights().make_state_dict(spec["layout"], spec.get("derived"))
+    write_checkpoint(big_path / "official.ckpt", state)
+    assert convert(big_path / "official.ckpt", big_path / "ours").tensors == len(state)
+    convert(big_path / "ours", big_path / "again.safetensors")
+    again = open_tensor_file(big_path / "again.safetensors")
+    tensors = again.read(again.shapes)
+    assert tensors.keys() == state.keys() and all(same_bits(tensors[key], state[key]) for key in state)
 
 
 @pytest.mark.slow

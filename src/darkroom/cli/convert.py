@@ -47,7 +47,7 @@ def convert(
       darkroom convert v2-1.ckpt sd2 --set prediction=epsilon    where its family's default is wrong
       darkroom convert kl-f8.ckpt kl-f8                          a Darkroom model folder
       darkroom convert v1-5.safetensors vae.safetensors --first-stage
-      darkroom convert runs/clothes/model vae --to diffusers     for diffusers' AutoencoderKL or VQModel
+      darkroom convert kl-f8 vae --to diffusers                  for diffusers' AutoencoderKL or VQModel
     """
     from darkroom.cli.progress import StepBar
     from darkroom.cli.train import parse_overrides
@@ -71,13 +71,21 @@ def convert(
 
 
 def _lines(done: Conversion) -> list[str]:
+    from darkroom.interop.compvis_first_stage import LEFT_OUT
+
+    returned = set(LEFT_OUT.values())
     found = done.source
     lines = [f"{found.path}: {found.what}"]
     if found.inside:
         lines.append(f"  only the first stage of {found.inside}")
-    left_out = {what: count for what, count in found.left_out.items() if not (found.inside and "other" in what)}
-    if left_out:
-        lines.append("  left out: " + ", ".join(f"{what} ({_tensors(count)})" for what, count in left_out.items()))
+    rest = {what: count for what, count in found.left_out.items() if not (found.inside and "other" in what)}
+    kept = {} if done.format == "diffusers" or found.inside else {w: n for w, n in rest.items() if w in returned}
+    for verb, counts in (
+        ("kept for the way back", kept),
+        ("left out", {w: n for w, n in rest.items() if w not in kept}),
+    ):
+        if counts:
+            lines.append(f"  {verb}: " + ", ".join(f"{what} ({_tensors(count)})" for what, count in counts.items()))
     lines.append(f"  latents: shift {_number(done.shift)}, scale {_number(done.scale)} (from {done.scale_from})")
     if done.scale_from == "a bare first stage":
         lines[-1] = (
