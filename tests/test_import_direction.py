@@ -65,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     # words and files about runs and models; no tensors
     "reconstruction": {"first_stage"},
     "png_settings": {"data"},
-    "model_folder": set(),
+    "hub": set(),
+    "model_folder": {"hub"},
     "report_charts": set(),
     "report_tables": set(),
     "model_card": {"report_tables"},

@@ -173,28 +173,48 @@ def reset_peak() -> None:
         file.write("5")
 
 
-def readers() -> dict[str, Callable[[Path], object]]:
-    """What a person can do with a file that somebody gave them. The first decides whether the file was refused."""
+def readers(seeds: dict[str, Path]) -> dict[str, Callable[[Path], object]]:
+    """What a person can do with a file that somebody gave them."""
+    from darkroom.adapters import apply_adapters, remove_adapters
     from darkroom.cli.info import info
     from darkroom.interop.text_towers import find_towers
     from darkroom.model_io import load, load_first_stage
+
+    model = adapted_model(seeds)
+
+    def adapt(path: Path) -> None:
+        try:
+            apply_adapters(model, [path])
+        finally:
+            remove_adapters(model)
 
     return {
         "load": lambda path: load(path, device="cpu"),
         "load_first_stage": lambda path: load_first_stage(path, device="cpu"),
         "info": lambda path: info.callback(source=str(path), as_json=False),  # type: ignore[misc]
         "find_towers": find_towers,
+        "adapt": adapt,
     }
 
 
-def check_case(name: str, number: int, seed: Path, place: Path, watch: Watch) -> tuple[bool, str, dict[str, Outcome]]:
-    """Make the case and give it to every reader: (refused, what was changed, outcomes that matter)."""
+def adapted_model(seeds: dict[str, Path]) -> Any:
+    """The model that the seeds of adapters fit."""
+    from darkroom.model_io import load
+
+    return load(seeds["model-clip"], device="cpu")
+
+
+Readers = dict[str, Callable[[Path], object]]
+
+
+def check_case(
+    name: str, number: int, seed: Path, place: Path, watch: Watch, using: Readers
+) -> tuple[bool, str, dict[str, Outcome]]:
+    """Make the case and give it to every reader: (refused by the one that it is for, what was changed, outcomes)."""
     change = make_case(seed, place, Random(f"{name}:{number}"))
-    outcomes: dict[str, Outcome] = {}
-    for reader, function in readers().items():
-        outcomes[reader] = read(function, place, watch)
-    first = next(iter(outcomes.values()))
-    return first.refused, change, outcomes
+    outcomes = {reader: read(function, place, watch) for reader, function in using.items()}
+    decides = "adapt" if name.startswith("adapter-") else "find_towers" if name.startswith("text-") else "load"
+    return outcomes[decides].refused, change, outcomes
 
 
 @contextlib.contextmanager
@@ -206,13 +226,15 @@ def unpacked_seeds() -> Iterator[dict[str, Path]]:
         yield {path.name: path for path in sorted(Path(folder).iterdir())}
 
 
-def warm_up(seeds: dict[str, Path]) -> None:
+def warm_up(seeds: dict[str, Path]) -> Readers:
     """Load everything that reading needs, so that a later import is one that a file asked for."""
     importlib.import_module("encodings.cp437")  # of names in archives
+    using = readers(seeds)
     for path in seeds.values():
-        for function in readers().values():
+        for function in using.values():
             with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
                 function(path)
+    return using
 
 
 @dataclass
@@ -226,7 +248,13 @@ class Tally:
 
 
 def run(
-    seeds: dict[str, Path], files: int, first: int, watch: Watch, keep: Path | None, show: Callable[[str], None]
+    seeds: dict[str, Path],
+    using: Readers,
+    files: int,
+    first: int,
+    watch: Watch,
+    keep: Path | None,
+    show: Callable[[str], None],
 ) -> Tally:
     """Cases of all seeds in turn until so many were refused."""
     tally, started = Tally(), memory("VmRSS")
@@ -235,7 +263,7 @@ def run(
         while tally.refused < files:
             for name, seed in seeds.items():
                 place = Path(folder) / seed.name
-                refused, change, outcomes = check_case(name, number, seed, place, watch)
+                refused, change, outcomes = check_case(name, number, seed, place, watch, using)
                 tally.by_seed[name] += 1
                 tally.refused += refused
                 tally.read[name] += not refused
@@ -269,7 +297,7 @@ def main() -> int:
     sys.modules.setdefault("fuzz_checkpoints", sys.modules[__name__])
     watch = Watch()
     with unpacked_seeds() as seeds:
-        warm_up(seeds)
+        using = warm_up(seeds)
         sys.addaudithook(watch)
         limit = memory("VmSize") + ADDRESS_SPACE
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -277,7 +305,7 @@ def main() -> int:
             name, number = given.case.rsplit(":", 1)
             with tempfile.TemporaryDirectory() as folder:
                 place = (given.keep or Path(folder)) / seeds[name].name
-                _, change, outcomes = check_case(name, int(number), seeds[name], place, watch)
+                _, change, outcomes = check_case(name, int(number), seeds[name], place, watch, using)
             print(change)
             for reader, o in outcomes.items():
                 said = f"refused: {o.message}" if o.refused else "read"
@@ -285,7 +313,7 @@ def main() -> int:
             return any(o.problem for o in outcomes.values())
         seeds = {name: path for name, path in seeds.items() if given.only in (None, name)}
         begun = time.perf_counter()
-        tally = run(seeds, given.files, given.first, watch, given.keep, lambda text: print(text, flush=True))
+        tally = run(seeds, using, given.files, given.first, watch, given.keep, lambda text: print(text, flush=True))
     total, refused, seconds = sum(tally.by_seed.values()), tally.refused, time.perf_counter() - begun
     print(f"{total} changed files of {len(seeds)} seeds in {seconds:.0f} s: {len(tally.problems)} problems")
     print(f"  {refused} refused with one clear line, {total - refused} read as what they still are")

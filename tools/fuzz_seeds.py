@@ -190,6 +190,44 @@ def text_towers(place: Path) -> None:
     write_safetensors(pipeline / "text_encoder" / "model.safetensors", table)
 
 
+def adapters(place: Path) -> None:
+    """Files that fit the model `model-clip`: LoRA in three layouts, learned words in three."""
+    from adapter_files import kohya, low_rank, small_stable_diffusion, spelled
+    from text_tower_files import CLIP_L
+
+    from darkroom.safe_files import write_safetensors
+
+    with tempfile.TemporaryDirectory() as folder:
+        clip = {"network": {**CLIP_L, "num_hidden_layers": 1}, "length": 8}
+        sizes = {"channel_mult": [1], "attention_resolutions": [1]}
+        model = small_stable_diffusion(Path(folder), {"kind": "clip", **clip}, **sizes)
+        even(model).save(place / "model-clip", dtype="float16")
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    unet = {
+        f"{attention}.to_q": (32, 32),
+        f"{attention}.to_out.0": (32, 32),
+        "down_blocks.0.resnets.0.conv1": (32, 32, 3, 3),
+    }
+    text = {"text_model.encoder.layers.0.mlp.fc1": (40, 32)}
+    ends = (".lora_A.weight", ".lora_B.weight")
+    kohya(place / "adapter-kohya.safetensors", low_rank(unet), "lora_unet_", 1.0)
+    spelled(place / "adapter-text.bin", low_rank(text), "text_encoder.", ends)
+    peft = place / "adapter-peft"
+    peft.mkdir()
+    spelled(peft / "adapter_model.safetensors", low_rank(unet), "base_model.model.", ends)
+    stated = {"r": 2, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"to_q": 3}, "peft_type": "LORA"}
+    (peft / "adapter_config.json").write_text(json.dumps(stated))
+    note = {f"unet.{key}": value for key, value in stated.items()}
+    tensors = {
+        f"unet.{attention}.to_k{end}": number(*shape) for end, shape in zip(ends, ((2, 32), (32, 2)), strict=True)
+    }
+    write_safetensors(place / "adapter-noted.safetensors", tensors, {"lora_adapter_metadata": json.dumps(note)})
+    torch.save({"<cat>": number(2, 32)}, place / "adapter-word.bin")
+    old = {"string_to_token": {"*": 265}, "string_to_param": {"*": number(32)}, "name": "cat", "step": 9}
+    torch.save(old, place / "adapter-a1111.pt")
+    write_safetensors(place / "adapter-tower.safetensors", {"clip_l": number(2, 32)})
+
+
 def others(place: Path) -> None:
     torch.save({"w": torch.ones(2)}, place / "before-1.6.pt", _use_new_zipfile_serialization=False)
     (place / "bare.pkl").write_bytes(pickle.dumps({"a": [1, 2.5, "x", b"y", None, (True,)]}, protocol=2))
@@ -199,7 +237,7 @@ def main() -> int:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for make in (first_stages, models, whole_checkpoints, text_towers, others):
+        for make in (first_stages, models, whole_checkpoints, text_towers, adapters, others):
             make(place)
 
         def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:

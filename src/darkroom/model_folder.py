@@ -16,6 +16,7 @@ from typing import Any
 
 from darkroom.config import understanding
 from darkroom.errors import DarkroomError
+from darkroom.hub import HUB, fetch
 from darkroom.safe_files import SafetensorsHeader, read_json, read_numbers, read_safetensors_header, sha256_of
 
 FORMAT_VERSION = 1
@@ -49,12 +50,16 @@ def is_diffusers_folder(path: Path) -> bool:
 
 
 def find_source(source: str | Path) -> Path:
-    """The folder or file that `source` means: a path first, then a bundled name. A run folder means its model.
+    """The folder or file that `source` means: a path first, then a bundled name. A run folder means its model. Only
+    "hf:owner/name" (and "hf:owner/name/file") is looked for in the model hub.
 
     What is no Darkroom model folder (`is_model_folder`) is a single file or a diffusers folder.
     """
     path = Path(source).expanduser()
     if not path.exists():
+        if str(source).startswith(HUB):
+            path = fetch(str(source))
+            return path / "model" if is_model_folder(path / "model") else path
         if str(source) in bundled():
             return BUNDLED / str(source)
         close = difflib.get_close_matches(str(source), bundled(), n=1)

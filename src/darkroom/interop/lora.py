@@ -11,7 +11,6 @@ biases) is refused by name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from darkroom.errors import DarkroomError
 from darkroom.interop.lora_names import Spot, Spots, find_spot
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.safe_files import read_json
+from darkroom.safe_json import parse_json
 
 METADATA = "lora_adapter_metadata"  # diffusers' note of peft's config, beside the tensors
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -139,7 +139,7 @@ def _stated_config(path: Path, file: TensorFile) -> dict[str, Any]:
     if METADATA not in file.notes:
         return {}
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in dict(json.loads(file.notes[METADATA])).items():
+    for key, value in dict(parse_json(file.notes[METADATA].encode())).items():
         part, _, name = key.partition(".")
         parts.setdefault(part, {})[name] = value
     return parts
