@@ -105,7 +105,8 @@ def test_what_is_wanted_of_a_repository() -> None:
     wanted = [
         "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt",
         "tokenizer/vocab.json", "text_encoder_3/model-00001-of-00002.safetensors",
-        "diffusion_pytorch_model.safetensors", "darkroom.json", "first_stage/model.safetensors", "pytorch_lora_weights.safetensors",
+        "diffusion_pytorch_model.safetensors", "darkroom.json", "first_stage/model.safetensors",
+        "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     others = [
         "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.bin", "modeling.py", "README.md",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import full_disk, one_line
 
 from darkroom.errors import DarkroomError
+from darkroom.interop.tensor_file import open_tensor_file
 from darkroom.safe_files import (
     iter_safetensors,
     new_folder,
@@ -340,6 +341,16 @@ def test_one_tensor_at_a_time_in_the_order_of_the_file(tmp_path: Path) -> None:
         assert tensor.untyped_storage().nbytes() <= 40
     write_safetensors(tmp_path / "m.safetensors", {"b": torch.ones(2), "a": torch.zeros(3), "c": torch.ones(1).half()})
     assert [name for name, _ in iter_safetensors(tmp_path / "m.safetensors", ["c", "b"])] == ["b", "c"]
+
+
+def test_a_file_that_changes_after_its_header_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {"a": torch.ones(3)})
+    file = open_tensor_file(path)
+    assert torch.equal(file.read(["a"])["a"], torch.ones(3))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DarkroomError, match="changed while it was read"):
+        file.read(["a"])
 
 
 @pytest.mark.parametrize("place", ["numbers", "local header", "table"])

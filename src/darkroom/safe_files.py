@@ -196,11 +196,19 @@ def read_safetensors(path: Path | str, names: Collection[str] | None = None) -> 
     return dict(iter_safetensors(path, names))
 
 
-def iter_safetensors(path: Path | str, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The same one by one, in the order of the file: memory is taken for a tensor only when it is asked for."""
+def iter_safetensors(
+    path: Path | str, names: Collection[str] | None = None, header: SafetensorsHeader | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one, in the order of the file: memory is taken for a tensor only when it is asked for.
+
+    header: of this file, where it was read before.
+    """
     path = Path(path)
     with open_for_reading(path) as (file, size):
-        header = _parse_header(path, file, size)
+        if header is None:
+            header = _parse_header(path, file, size)
+        elif size != max((entry.end for entry in header.tensors.values()), default=size):
+            raise DarkroomError(f"{path} changed while it was read; try again")
         chosen = header.tensors if names is None else {name: header.tensors[name] for name in names}
         for name, entry in sorted(chosen.items(), key=lambda item: item[1].start):
             raw = read_bytes(file, entry.start, entry.end - entry.start)

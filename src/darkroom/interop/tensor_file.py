@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import TORCH_NAMES, iter_safetensors, read_safetensors_header
+from darkroom.safe_files import TORCH_NAMES, SafetensorsHeader, iter_safetensors, read_safetensors_header
 from darkroom.safe_pickle import StoredTensor, iter_stored, read_structure, stored_table
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class TensorFile:
     dtypes: dict[str, str]
     notes: dict[str, str]
     stored: dict[str, StoredTensor] | None  # None: safetensors
+    header: SafetensorsHeader | None = None  # of safetensors, read once
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, on the CPU, in the dtype they are stored in, each with memory of its own."""
@@ -38,7 +39,7 @@ class TensorFile:
     def iterate(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The same one by one, in the order of the file: no more memory than for one tensor is taken at a time."""
         if self.stored is None:
-            return iter_safetensors(self.path, set(names))
+            return iter_safetensors(self.path, set(names), self.header)
         return iter_stored(self.path, {name: self.stored[name] for name in names})
 
 
@@ -52,7 +53,7 @@ def open_tensor_file(path: Path) -> TensorFile:
         header = read_safetensors_header(path)
         shapes = {name: entry.shape for name, entry in header.tensors.items()}
         dtypes = {name: TORCH_NAMES[entry.dtype] for name, entry in header.tensors.items()}
-        return TensorFile(path, shapes, dtypes, header.metadata, None)
+        return TensorFile(path, shapes, dtypes, header.metadata, None, header)
     if not is_weight_file(path):
         raise DarkroomError(f"{path} is not a weight file; known are {', '.join((SAFETENSORS, *PICKLED))}")
     content = read_structure(path)
