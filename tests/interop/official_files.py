@@ -14,7 +14,7 @@ import torch
 from parity_data import PARITY, Case, load_case, weights
 from torch import Tensor
 
-from darkroom.safe_files import read_safetensors_header
+from darkroom.safe_files import read_safetensors_header, stream_safetensors
 
 # Every public layout with a first stage: name, what it must be recognised as, shift and scale.
 BARE = ("kl-f4", "kl-f8", "kl-f16", "kl-f32", "vq-f4", "vq-f4-noattn", "vq-f8", "vq-f8-n256", "vq-f16")
@@ -86,6 +86,22 @@ def hollow_layout(folder: Path, name: str, suffix: str = "") -> Path:
     made = {key: recipe for key, recipe in spec.get("derived", {}).items() if recipe["kind"] in SMALL}
     fill_in(path, {key: weights().derived_tensor(recipe, spec["layout"][key]) for key, recipe in made.items()})
     return path
+
+
+def filled_layout(path: Path, name: str) -> Path:
+    """The file of a public layout with all its deterministic numbers, written one tensor at a time."""
+    spec = layout(name)
+    dtypes = spec.get("dtypes") or {}
+    entries = {key: (dtypes.get(key, "float32"), tuple(shape)) for key, shape in spec["layout"].items()}
+    stream_safetensors(path, entries, lambda keys: ((key, published_tensor(spec, key)) for key in keys))
+    return path
+
+
+def published_tensor(spec: Mapping[str, Any], name: str) -> Tensor:
+    """One of them."""
+    recipes = {key: recipe for key, recipe in (spec.get("derived") or {}).items() if key == name}
+    ((_, array),) = weights().iter_arrays({name: spec["layout"][name]}, recipes)
+    return torch.from_numpy(np.ascontiguousarray(array)).reshape(spec["layout"][name])
 
 
 SMALL = ("ddpm_schedule", "value", "arange")

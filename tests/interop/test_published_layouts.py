@@ -5,22 +5,27 @@ and written under the same names again. Files have their full size and take no p
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from official_files import INSIDE, fill_in, hollow_file, hollow_layout, layout
+from official_files import INSIDE, fill_in, filled_layout, hollow_file, hollow_layout, layout, published_tensor
 from paper_models import RECIPES, on_meta
 from torch import nn
 
 from darkroom.assemble import checked_parts, shapes_of
 from darkroom.conditioning.encoders import ENCODERS
 from darkroom.config import from_dict, to_dict
+from darkroom.exchange import convert
 from darkroom.interop.compvis_schedule import BUFFERS, buffers
 from darkroom.interop.compvis_write import compvis_content, standard_tables
 from darkroom.interop.families import FAMILIES, Family
+from darkroom.interop.first_stage_files import same_bits
 from darkroom.interop.found_model import FoundModel, find_model
+from darkroom.interop.tensor_file import open_tensor_file
+from darkroom.model_io import load
 
 FAMILY_OF_LAYOUT = {"sd-v2-1-v768": "sd-v2-v768"}  # the others have the layout's name
 # Read by training alone.
@@ -187,3 +192,26 @@ def test_the_paper_has_a_family_for_every_recipe() -> None:
     assert {family.recipe for family in FAMILIES} == models - same_tensors
     for name in same_tensors:
         assert to_dict(RECIPES[name].denoiser) == to_dict(RECIPES["ldm-celeba256"].denoiser)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSIDE)
+def test_full_size_numbers_come_back(name: str, big_path: Path) -> None:
+    """Through our folder and back, and loaded: the numbers are made again for each comparison, so little memory is
+    taken beside the model."""
+    spec = layout(name)
+    path = filled_layout(big_path / "official.safetensors", name)
+    done = convert(path, big_path / "ours")
+    assert done.tensors == len(spec["layout"])
+    assert convert(big_path / "ours", big_path / "again.safetensors").tensors == len(spec["layout"])
+    again = open_tensor_file(big_path / "again.safetensors")
+    assert again.shapes.keys() == spec["layout"].keys()
+    for key in spec["layout"]:
+        assert same_bits(again.read([key])[key], published_tensor(spec, key)), key
+    (big_path / "again.safetensors").unlink()
+    shutil.rmtree(big_path / "ours")
+    one, model = found(path), load(path, device="cpu")
+    for part, table in one.tables_of("ema").items():
+        state = getattr(model, part).state_dict()
+        for ours, place in table.items():
+            assert same_bits(state[ours], published_tensor(spec, place.names[0])), ours

@@ -86,7 +86,7 @@ def read_configs(path: Path, pipeline: str, names: list[str]) -> FoundConfigs:
     network_folder = next((name for name in ("unet", "transformer") if name in names), None)
     vae_folder = next((name for name in autoencoders.SUBFOLDERS if name in names), None)
     if network_folder is None or vae_folder is None:
-        raise DarkroomError(f"{path} is a diffusers {pipeline} without a denoiser or autoencoder that is known here")
+        raise DarkroomError(f"{path} is a diffusers folder ({pipeline}) without a denoiser or autoencoder known here")
     network = _network(path / network_folder / CONFIG)
     where = str(path / vae_folder / CONFIG)
     first_stage, shift, scale = autoencoders.from_diffusers_config(read_json(Path(where), "config"), where)
