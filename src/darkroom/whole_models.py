@@ -14,7 +14,7 @@ from darkroom.adapters import saved_info
 from darkroom.assemble import checked_parts, hollow_parts, latent_numbers, shapes_of
 from darkroom.errors import DarkroomError
 from darkroom.interop import diffusers_write
-from darkroom.interop.compvis_write import refuse_inexpressible, standard_tables, write_compvis_model
+from darkroom.interop.compvis_write import refuse_inexpressible, write_compvis_model
 from darkroom.interop.darkroom_model import Kept, find_darkroom, write_kept, write_parts
 from darkroom.interop.first_stage_files import as_number, is_former_export, same_bits
 from darkroom.interop.found_model import LATENTS, OWN, PARTS, FoundModel, find_model
@@ -132,30 +132,13 @@ def _write_folder(
     shapes = shapes_of(parts)
     configs = {part: module.config_dict for part, module in parts.items()}
     files = write_parts(folder, found, configs, shapes, weights)
-    usual = {
-        ours: place.names[0]
-        for part, table in standard_tables(_as_ours(found), shapes).items()
-        for ours, place in table.items()
-        if found.layout == "compvis" and found.tables[part][ours].names != place.names
-    }
-    renamed = found.renamed | {ours: _official(found, ours) for ours in usual}
-    files |= write_kept(folder, found, renamed)
+    files |= write_kept(folder, found)
     info = {k: v for k, v in found.info.items() if k not in ("path", "sha256", "weights")}
     info = {"name": destination.name} | info | {"converted_from": f"{found.path.name} ({found.layout})"}
     places = {part: part for part in parts}
     with open(folder / INDEX, "x", encoding="utf-8") as file:
         file.write(index_text("latent_diffusion", info, places, files))
     return find_darkroom(folder, {part: folder / part for part in parts}, info)
-
-
-def _as_ours(found: FoundModel) -> FoundModel:
-    from dataclasses import replace
-
-    return replace(found, layout="darkroom", renamed={})
-
-
-def _official(found: FoundModel, ours: str) -> str:
-    return next(table[ours].names[0] for table in found.tables.values() if ours in table)
 
 
 def count_same(written: FoundModel, source: FoundModel, weights: str) -> tuple[int, int]:

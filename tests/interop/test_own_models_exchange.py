@@ -254,6 +254,38 @@ def test_the_command_says_what_it_took(
     assert '"nonsense" is no fact of a model' in refused("convert", path, tmp_path / "x", "--set", "nonsense=1")
 
 
+@pytest.mark.parametrize("level", ["text_model.", ""])
+def test_names_of_either_release_of_transformers(level: str, tmp_path: Path) -> None:
+    """A Stable Diffusion 1 file keeps the spelling that it came with, on the whole way."""
+    tower = {"kind": "clip", "network": {**CLIP_L, "hidden_size": 64, "num_attention_heads": 1}}
+    model = own_model({"text": tower}, network={"num_heads": 8, "legacy": False})
+    from darkroom.interop.tensor_file import open_tensor_file
+
+    file = open_tensor_file(export(model, tmp_path / "mine.safetensors", format="compvis"))
+    start = "cond_stage_model.transformer."
+    state = {
+        name.replace(f"{start}text_model.", f"{start}{level}"): tensor
+        for name, tensor in file.read(file.shapes).items()
+    }
+    path = write_checkpoint(tmp_path / "official.ckpt", state)  # without our note
+    found = find_model(path)
+    assert found is not None and found.family == "sd-v1"
+    assert "positions of the text tower" in found.kept.values()
+    convert(path, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back.ckpt")
+    for source, target in ((tmp_path / "ours", "again.safetensors"), (path, "direct.safetensors")):
+        loaded = load(source, device="cpu")
+        assert isinstance(loaded, LatentDiffusion)
+        ours = loaded.conditioner.state_dict()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in model.conditioner.state_dict().items())
+        export(loaded, tmp_path / target, format="compvis")
+    for target in ("back.ckpt", "again.safetensors", "direct.safetensors"):
+        back = open_tensor_file(tmp_path / target)
+        written = back.read(back.shapes)
+        assert written.keys() == state.keys(), target
+        assert all(torch.equal(written[name], state[name]) for name in state)
+
+
 AVERAGED = "model_ema.diffusion_modelout2weight"
 WRONG: dict[str, dict[str, Tensor | None]] = {
     "1 tensor missing (network.out.0.bias)": {

@@ -216,3 +216,13 @@ def test_a_loaded_model_is_exported(name: str, folder: Path, tmp_path: Path) -> 
         averaged = "model_ema." + key.removeprefix("model.").replace(".", "")
         original = averaged if key.startswith("model.diffusion_model.") and averaged in state else key
         assert same_bits(written[key], state[original]), key
+
+
+@pytest.mark.parametrize("name", ["tiny_cin", "tiny_text2img", "tiny_uncond_scale_by_std", "tiny_x0"])
+def test_every_tensor_comes_back_through_diffusers(name: str, folder: Path, tmp_path: Path) -> None:
+    """The other two have conditions that diffusers has no pipeline for."""
+    _, state = checkpoint(name)
+    there = converted(folder / f"{name}.ckpt", tmp_path / "theirs", "diffusers", facts=FACTS.get(name))
+    assert there.tensors == len(state)
+    converted(tmp_path / "theirs", tmp_path / "back.safetensors")
+    assert is_equal(tmp_path / "back.safetensors", state)

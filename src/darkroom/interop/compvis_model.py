@@ -80,9 +80,37 @@ def find_compvis(path: Path) -> FoundModel | None:
         averaged=averaged,
         latents=None if first_stage is None else (family.shift, _scale(file, family)),
         kept=kept,
+        renamed=_unusual(tables, configs),
         info={"name": path.stem, "family": family.name, "defaults": family.defaults},
         facts=facts,
     )
+
+
+def usual_name(part: str, ours: str, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The official name of a tensor of ours; None where the official file of such a model does not have it."""
+    network = network_prefix(configs)
+    rows = {
+        "denoiser": [Whose(network, "network.")],
+        "first_stage": [Whose(FIRST_STAGE, "autoencoder.")] if network else [],
+        "conditioner": standard_places(configs["conditioner"]["encoders"]),
+    }[part]
+    row = next((row for row in rows if ours.startswith(row.ours)), None)
+    return None if row is None else row.theirs + ours.removeprefix(row.ours)
+
+
+def network_prefix(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The official file of a DiT is the bare network; its first stage is another file."""
+    return "" if configs["denoiser"]["network"].get("kind") == "dit" else NETWORK
+
+
+def _unusual(tables: Mapping[str, Table], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Our names -> the file's, where these are not the usual ones."""
+    return {
+        ours: place.names[0]
+        for part, table in tables.items()
+        for ours, place in table.items()
+        if place.names[0] != usual_name(part, ours, configs)
+    }
 
 
 def _network_prefix(file: TensorFile) -> str | None:
@@ -142,6 +170,7 @@ def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundMo
         averaged=averaged,
         latents=None if latents is None or first_stage is None else (latents[0], latents[1]),
         kept=kept,
+        renamed=_unusual(tables, configs),
         info=info,
         facts={"everything": "noted in the file, which darkroom wrote"},
     )

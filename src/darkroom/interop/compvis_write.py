@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from darkroom import __version__
 from darkroom.errors import DarkroomError
-from darkroom.interop.compvis_conditions import Whose, standard_places
 from darkroom.interop.compvis_first_stage import AVERAGED, refuse_what_compvis_lacks
-from darkroom.interop.compvis_model import AVERAGED_NETWORK, CONDITION, FIRST_STAGE, NETWORK
+from darkroom.interop.compvis_model import AVERAGED_NETWORK, CONDITION, FIRST_STAGE, network_prefix, usual_name
 from darkroom.interop.compvis_schedule import buffers
 from darkroom.interop.content import Content
 from darkroom.interop.families import family_named
@@ -34,7 +33,7 @@ def compvis_content(found: FoundModel, shapes: Mapping[str, Mapping[str, Shape]]
     refuse_inexpressible(found)
     content = Content()
     targets = standard_tables(found, shapes)
-    network = network_prefix(found)
+    network = network_prefix(found.configs)
     tables = found.tables if weights == "all" else found.tables_of(weights)
     for part, table in targets.items():
         content.add(table, found.source, tables[part], shapes[part])
@@ -64,25 +63,14 @@ def standard_tables(found: FoundModel, shapes: Mapping[str, Mapping[str, Shape]]
     """By part: our names -> the official ones. A file of unusual names gets its own back."""
     if found.layout == "compvis":
         return dict(found.tables)
-    network = network_prefix(found)
-    rows = [("denoiser", Whose(network, "network."))]
-    rows += [("first_stage", Whose(FIRST_STAGE, "autoencoder."))] if network else []
-    rows += [("conditioner", row) for row in standard_places(found.configs["conditioner"]["encoders"])]
-    result: dict[str, Table] = {}
-    for part, names in shapes.items():
-        own = [row for of, row in rows if of == part]
-        table = {}
-        for ours in names:
-            row = next((row for row in own if ours.startswith(row.ours)), None)
-            if row is not None:
-                table[ours] = same(found.renamed.get(ours, row.theirs + ours.removeprefix(row.ours)))
-        result[part] = table
-    return result
-
-
-def network_prefix(found: FoundModel) -> str:
-    """The official file of a DiT is the bare network; its first stage is another file."""
-    return "" if found.configs["denoiser"]["network"].get("kind") == "dit" else NETWORK
+    return {
+        part: {
+            ours: same(found.renamed.get(ours, name))
+            for ours in names
+            if (name := usual_name(part, ours, found.configs)) is not None
+        }
+        for part, names in shapes.items()
+    }
 
 
 def keeps_averages(found: FoundModel) -> bool:

@@ -127,9 +127,9 @@ def _latents(found: FoundModel) -> dict[str, Tensor]:
     return {name: torch.tensor(value) for name, value in zip(LATENTS, found.latents, strict=True)}
 
 
-def write_kept(folder: Path, found: FoundModel, renamed: Mapping[str, str]) -> dict[str, str]:
+def write_kept(folder: Path, found: FoundModel) -> dict[str, str]:
     """The tensors that the model does not need; those that are equal to one of the model's are noted instead."""
-    if not found.kept:
+    if not (found.kept or found.renamed):
         return {}
     aliases = found.aliases or _copies(found)
     content = Content()
@@ -139,7 +139,7 @@ def write_kept(folder: Path, found: FoundModel, renamed: Mapping[str, str]) -> d
     path = folder / KEPT_FILE
     path.parent.mkdir()
     tables = {"what": {name: what for name, what in found.kept.items() if name in content.copied},
-              "aliases": aliases, "renamed": dict(renamed)}  # fmt: skip
+              "aliases": aliases, "renamed": found.renamed}  # fmt: skip
     notes = {key: json.dumps(table) for key, table in tables.items()}
     return {KEPT_FILE: stream_safetensors(path, content.entries(), content.produce, notes)}
 
@@ -156,7 +156,7 @@ class Kept:
 
 def kept_of(found: FoundModel) -> Kept | None:
     """Without what is large."""
-    if not found.kept:
+    if not (found.kept or found.renamed):
         return None
     aliases = found.aliases or _copies(found)
     small = [
