@@ -143,6 +143,8 @@ def whole_checkpoints(place: Path) -> None:
         network = {**UNET, **sizes, "use_spatial_transformer": context is not None, "context_dim": context}
         parts = build_first_stage(first_stage), build_denoiser({"network": network}), conditioner
         model = LatentDiffusion(*map(even, parts), {"name": name, "defaults": {"size": [16, 16]}})
+        if not encoders:
+            export(model, place / "pipeline-plain", "diffusers")
         noted = place / f"ours-{name}.safetensors"
         export(model, noted, "compvis")
         tensors = read_safetensors(noted)
