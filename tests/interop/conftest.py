@@ -1,4 +1,4 @@
-"""Folders for files of hundreds of megabytes, and the command that must refuse."""
+"""Folders for files of hundreds of megabytes, pipelines of the diffusers library, and the command that must refuse."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return error
 
     return refused
+
+
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small pipeline of each kind, as diffusers saves it."""
+    from diffusers_models import NAMES, write_pipeline
+    from diffusers_runs import silence
+
+    silence()
+    place = tmp_path_factory.mktemp("pipelines")
+    for name in NAMES:
+        write_pipeline(name, place / name)
+    return place

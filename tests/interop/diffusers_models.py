@@ -182,7 +182,7 @@ def dit() -> Any:
     first = network.transformer_blocks[0].norm1.emb.state_dict()
     for block in network.transformer_blocks:  # one embedding, as the official model has it
         block.norm1.emb.load_state_dict(first)
-    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False)
     return DiTPipeline(transformer=network, vae=vae(), scheduler=scheduler)
 
 

@@ -1,73 +1,28 @@
-"""diffusers folders: every kind of pipeline comes in, computes what diffusers computes, and goes out bit for bit."""
+"""diffusers folders: every kind of pipeline comes in and goes out bit for bit; what is damaged is one line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers_models import NAMES, write_pipeline
-from torch import Tensor
+from diffusers_models import NAMES
+from diffusers_runs import contents, found, loaded
+from official_files import golden, hollow_layout, layout, write_checkpoint
+from safetensors.torch import save_file
 
-from darkroom.conditioning.types import Conditioning
-from darkroom.diffusion.grids import Grid, make_grid
-from darkroom.exchange import convert, export
-from darkroom.guidance import Guided
+from darkroom.assemble import hollow_parts, shapes_of
+from darkroom.errors import DarkroomError
+from darkroom.exchange import convert
+from darkroom.interop.diffusers_components import components
+from darkroom.interop.diffusers_pipelines import choose_pipeline
 from darkroom.interop.first_stage_files import same_bits
-from darkroom.interop.found_model import FoundModel, find_model
+from darkroom.interop.found_model import find_model
 from darkroom.interop.tensor_file import open_tensor_file
-from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_io import load
-from darkroom.solvers import ddim, euler
-
-PROMPTS = ["the red fox", "a cat"]
-STEPS = 4
-GUIDANCE = 3.0
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("pipelines")
-    for name in NAMES:
-        write_pipeline(name, place / name)
-    return place
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    yield
-
-
-def found(path: Path) -> FoundModel:
-    result = find_model(path)
-    assert result is not None
-    return result
-
-
-def loaded(path: Path) -> LatentDiffusion:
-    model = load(path, device="cpu")
-    assert isinstance(model, LatentDiffusion)
-    return model
-
-
-def contents(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the components, by folder and name; releases of transformers differ in one level of names."""
-    result = {}
-    for path in sorted(folder.glob("*/*.safetensors")):
-        file = open_tensor_file(path)
-        result |= {f"{path.parent.name}/{name}": tensor for name, tensor in file.read(file.shapes).items()}
-    result = {name.replace("/text_model.", "/"): tensor for name, tensor in result.items()}
-    return {name: tensor for name, tensor in result.items() if not name.startswith("darkroom/")}
-
+from darkroom.interop.tensor_source import inverse
 
 FAMILIES = {
     "sd1": "sd-v1",
@@ -102,78 +57,175 @@ def test_every_tensor_comes_back_through_our_folder(name: str, theirs: Path, tmp
     }
 
 
-# ------------------------------------------------------------------------------------ the same images in both libraries
+# ------------------------------------------------------------------------------------------- from one official file
 
 
-def pipeline(folder: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    result = DiffusionPipeline.from_pretrained(folder)
-    result.set_progress_bar_config(disable=True)
-    return result
+def official(folder: Path, name: str) -> Path:
+    return write_checkpoint(folder / f"{name}.ckpt", golden("latent_diffusion_tiny", name)[1])
 
 
-def noise(channels: int, side: int, count: int = 2) -> Tensor:
-    return torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("name", ["tiny_cin", "tiny_text2img"])
+def test_an_official_file_comes_back_through_a_folder(name: str, tmp_path: Path) -> None:
+    """Tables of the schedule and both kinds of weights included: the averaged ones are those that diffusers loads, the
+    others its variant "non_ema"."""
+    state = golden("latent_diffusion_tiny", name)[1]
+    first = convert(official(tmp_path, name), tmp_path / "folder", to="diffusers")
+    again = convert(tmp_path / "folder", tmp_path / "back.ckpt")
+    assert first.tensors == again.tensors == len(state)
+    file = open_tensor_file(tmp_path / "back.ckpt")
+    back = file.read(file.shapes)
+    assert back.keys() == state.keys() and all(same_bits(back[key], state[key]) for key in state)
+    written = tmp_path / "folder" / "unet"
+    has_averaged = any(key.startswith("model_ema.diffusion_model") for key in state)
+    assert (written / "diffusion_pytorch_model.non_ema.safetensors").is_file() == has_averaged
+    start = (
+        "model_ema.diffusion_modelinput_blocks00weight"
+        if has_averaged
+        else "model.diffusion_model.input_blocks.0.0.weight"
+    )
+    main = open_tensor_file(written / "diffusion_pytorch_model.safetensors")
+    assert same_bits(main.read(["conv_in.weight"])["conv_in.weight"], state[start])
 
 
-def solve(
-    model: LatentDiffusion, given: Conditioning, null: Conditioning | None, x: Tensor, grid: Grid | None = None
-) -> Tensor:
-    denoise = Guided(model.denoiser, given, null, GUIDANCE if null is not None else 1.0)
-    schedule = model.denoiser.schedule
-    if schedule.config.kind == "flow":
-        return euler(denoise, x, grid or make_grid(schedule, STEPS, "sd3"))
-    return ddim(denoise, x, grid or make_grid(schedule, STEPS, "ddim"))
+@pytest.mark.parametrize(("name", "named"), [("tiny_semantic", "segmentation"), ("tiny_inpainting", "masked_image")])
+def test_official_models_without_a_pipeline_are_refused(name: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(DarkroomError, match=f"no pipeline for a unet with {named}"):
+        convert(official(tmp_path, name), tmp_path / "folder", to="diffusers")
+    assert not (tmp_path / "folder").exists()
 
 
-@pytest.fixture(params=["theirs", "exported"])
-def folder(request: pytest.FixtureRequest, theirs: Path, tmp_path: Path) -> Any:
-    """Where diffusers takes a pipeline from: its own folder, or the one that we write for the model we loaded."""
+# ------------------------------------------------------------------------------------------------- names of full sizes
 
-    def of(name: str) -> Path:
-        if request.param == "theirs":
-            return theirs / name
-        return export(loaded(theirs / name), tmp_path / name, format="diffusers")
-
-    return of
+LAYOUTS = {"sd-v1": ("unet", "diffusers-sd1-unet"), "sd3-medium": ("transformer", "diffusers-sd3-transformer")}
 
 
-def close(ours: Tensor, other: Tensor) -> None:
-    assert ours.shape == other.shape
-    assert other.std() > 0.05
-    assert float((ours - other).abs().max()) < 1e-3
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_full_size_components_have_the_published_names(name: str, big_path: Path) -> None:
+    one = found(hollow_layout(big_path, name))
+    shapes = shapes_of(hollow_parts(one.configs))
+    parts = components(one.configs, shapes, one.latents, choose_pipeline(one.configs, one.latents), 64)
+    folder, published = LAYOUTS[name]
+    component = next(part for part in parts if part.folder == folder)
+    own = {ours: shapes["denoiser"][ours] for ours in component.table}
+    written = inverse(component.table, own, dict.fromkeys(own, "float32"))
+    wanted = {key: tuple(shape) for key, shape in layout(published)["layout"].items()}
+    assert {key: target.shape for key, target in written.items()} == wanted
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3"])
-def test_text_to_image(name: str, theirs: Path, folder: Any) -> None:
-    model, x = loaded(theirs / name), noise(4, 16)
-    batch: dict[str, Any] = {"text": PROMPTS}
-    null = model.conditioner({"text": [None, None]})
-    given = model.conditioner(batch)
-    if name == "sdxl":
-        sizes = model.conditioner.encoders["sizes"].from_size((32, 32)).expand(2, -1)  # type: ignore[union-attr]
-        given = model.conditioner(batch | {"sizes": sizes})
-        null = model.conditioner({"text": [None, None], "sizes": sizes}, absent=["text"])
-    other = pipeline(folder(name))
-    if name != "sd3":
-        from diffusers import DDIMScheduler
+@pytest.mark.parametrize("name", ["sd1", "sd3", "dit", "ldm"])
+def test_a_network_alone_is_a_denoiser(name: str, theirs: Path, tmp_path: Path) -> None:
+    """Its folder says nothing of the noise, which is that of the published models."""
+    place = next(theirs / name / folder for folder in ("unet", "transformer") if (theirs / name / folder).is_dir())
+    alone, whole = loaded(place), loaded(theirs / name)
+    assert alone.first_stage is None and not alone.conditioner.encoders
+    assert alone.denoiser.prediction_type == whole.denoiser.prediction_type
+    assert alone.denoiser.schedule.config.kind == whole.denoiser.schedule.config.kind
+    state = whole.denoiser.state_dict()
+    assert all(same_bits(tensor, state[n]) for n, tensor in alone.denoiser.state_dict().items())
+    convert(place, tmp_path / "ours")
+    assert loaded(tmp_path / "ours").denoiser.config_dict == alone.denoiser.config_dict
+    with pytest.raises(DarkroomError, match="no first stage"):
+        convert(place, tmp_path / "again", to="diffusers")
 
-        other.scheduler = DDIMScheduler.from_config(
-            other.scheduler.config,
-            set_alpha_to_one=False,
-            clip_sample=False,
-            steps_offset=1,
-            timestep_spacing="leading",
-        )
-    result = other(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        latents=x,
-        output_type="latent",
-        height=32,
-        width=32,
-    ).images
-    close(solve(model, given, null, x), result)
+
+# -------------------------------------------------------------------------------------------------- files of all kinds
+
+
+def saved(theirs: Path, folder: Path, **options: Any) -> Path:
+    """A pipeline of Stable Diffusion 1 in another kind of files."""
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline.from_pretrained(theirs / "sd1").save_pretrained(folder, **options)
+    return folder
+
+
+def test_shards_pickles_and_half_precision(theirs: Path, tmp_path: Path) -> None:
+    wanted = contents(theirs / "sd1")
+    shards = saved(theirs, tmp_path / "shards", max_shard_size="400KB")
+    assert (shards / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    convert(shards, tmp_path / "one", to="diffusers")
+    assert all(same_bits(tensor, wanted[name]) for name, tensor in contents(tmp_path / "one").items())
+    for folder, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        place = shards / folder
+        tensors = {n.partition("/")[2]: t for n, t in wanted.items() if n.startswith(f"{folder}/")}
+        for path in place.glob("*.safetensors*"):
+            path.unlink()
+        torch.save(tensors, place / f"{stem}.bin")
+    for path in (shards / "vae").glob("*.safetensors*"):
+        path.unlink()
+    half = {n.partition("/")[2]: t.half() for n, t in wanted.items() if n.startswith("vae/")}
+    save_file(half, shards / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    done = convert(shards, tmp_path / "two", to="diffusers")
+    again = contents(tmp_path / "two")
+    assert done.tensors == len(wanted) == len(again)
+    assert all(same_bits(t, wanted[n].half() if n.startswith("vae/") else wanted[n]) for n, t in again.items())
+
+
+def test_positions_and_unused_projections_are_kept(theirs: Path, tmp_path: Path) -> None:
+    """As files of older releases have them."""
+    folder = saved(theirs, tmp_path / "old")
+    place = folder / "text_encoder" / "model.safetensors"
+    file = open_tensor_file(place)
+    more = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.eye(32)}
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in file.read(file.shapes).items()}
+    save_file(tensors | more, place)
+    done = convert(folder, tmp_path / "ours")
+    assert done.source.left_out == {"positions of the text tower": 1, "unused part of the text tower": 1}
+    again = convert(tmp_path / "ours", tmp_path / "again", to="diffusers")
+    assert done.tensors == again.tensors
+    written = open_tensor_file(tmp_path / "again" / "text_encoder" / "model.safetensors")
+    assert written.shapes.keys() == tensors.keys() | more.keys()
+    official = convert(tmp_path / "again", tmp_path / "one.safetensors")  # which has no place for them
+    assert official.tensors == again.tensors - 2
+
+
+def broken(folder: Path, file: str, **changes: Any) -> None:
+    place = folder / file
+    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        ("unet/config.json", {"layers_per_block": 2}, "tensors missing"),
+        ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
+        ("unet/config.json", {"block_out_channels": [64, 128]}, "of another shape"),
+        ("vae/config.json", {"latent_channels": 8}, "does not fit"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "noise"}, "noise"),
+        ("scheduler/scheduler_config.json", {"_class_name": "OtherScheduler"}, "OtherScheduler"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "sigmoid"),
+        ("text_encoder/config.json", {"num_hidden_layers": 2}, "no known part"),
+        ("model_index.json", {"unet": [None, None]}, "without a denoiser"),
+        ("model_index.json", {"_class_name": ["pipeline", "Other"]}, "a pipeline of its own"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    file: str, changes: dict[str, Any], named: str, theirs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(theirs / "sd1", tmp_path / "broken")
+    broken(tmp_path / "broken", file, **changes)
+    with pytest.raises(DarkroomError, match=named) as error:
+        convert(tmp_path / "broken", tmp_path / "ours")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_damaged_note_is_one_line(theirs: Path, tmp_path: Path) -> None:
+    convert(theirs / "ldm", tmp_path / "folder", to="diffusers")
+    broken(tmp_path / "folder", "darkroom/note.json", latents=None)
+    with pytest.raises(DarkroomError, match=r"note\.json is damaged"):
+        find_model(tmp_path / "folder")
+    broken(tmp_path / "folder", "darkroom/note.json", latents=[0.0, 1.0], kept={"betas": "tables"})
+    with pytest.raises(DarkroomError, match=r"lacks 1 tensors that its note names \(betas\)"):
+        find_model(tmp_path / "folder")
+
+
+def test_shards_stay_in_their_folder(theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs / "sd1", tmp_path / "broken")
+    place = tmp_path / "broken" / "unet"
+    (place / "diffusion_pytorch_model.safetensors").unlink()
+    index = {"weight_map": {"conv_in.weight": "../vae/diffusion_pytorch_model.safetensors"}}
+    (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DarkroomError, match="no names of files beside it"):
+        find_model(tmp_path / "broken")

@@ -18,7 +18,7 @@ from darkroom.interop import diffusers_text as text
 from darkroom.interop import diffusers_transformers as transformers
 from darkroom.interop import diffusers_unet as unet
 from darkroom.interop import diffusers_unet2d as unet2d
-from darkroom.interop.diffusers_pipelines import OWN_PIPELINE, Pipeline
+from darkroom.interop.diffusers_pipelines import Pipeline
 from darkroom.interop.tensor_source import Place, Shape, Table
 from darkroom.networks.dit import DiTConfig
 from darkroom.networks.mmdit import MMDiTConfig
@@ -80,7 +80,7 @@ def components(
     sample_size: int | None = None,
 ) -> list[Component]:
     """The components with tensors of a model of ours. shapes: by part, of our tensors."""
-    result = [_network(network_config(configs["denoiser"]), configs["conditioner"]["encoders"], sample_size)]
+    result = [network_component(network_config(configs["denoiser"]), configs["conditioner"]["encoders"], sample_size)]
     if "first_stage" in configs and latents is not None:
         result.append(_autoencoder(configs["first_stage"], shapes["first_stage"], latents, pipeline.autoencoder))
     for name, encoder in configs["conditioner"]["encoders"].items():
@@ -94,7 +94,7 @@ def components(
     return result
 
 
-def _network(
+def network_component(
     config: UNetConfig | DiTConfig | MMDiTConfig, encoders: Mapping[str, Mapping[str, Any]], sample_size: int | None
 ) -> Component:
     if isinstance(config, DiTConfig):
@@ -247,6 +247,3 @@ def check_towers(encoders: Mapping[str, Mapping[str, Any]]) -> None:
         ):
             if is_lacking:
                 raise DarkroomError(f"diffusers' pipelines have no {what}; this model cannot be written for them")
-
-
-__all__ = ["MODEL", "OWN_PIPELINE", "TOWER_FOLDERS", "TRANSFORMER", "Component", "check_towers", "components"]

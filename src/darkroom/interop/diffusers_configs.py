@@ -44,6 +44,7 @@ NETWORK_CLASSES = {
 OLD_DIT = ("cross_attention_dim", "double_self_attention", "only_cross_attention", "use_linear_projection",
            "num_vector_embeds", "attention_type", "caption_channels", "num_embeds_ada_norm_single",
            "interpolation_scale", "use_additional_conditions")  # fmt: skip
+MADE = "made/"  # in front of names of tensors that theirs computes and ours stores
 UPSCALER_LEVELS = 350  # of noise on the condition: the pipeline's max_noise_level
 
 
@@ -63,22 +64,38 @@ class FoundConfigs:
     sample_size: int | None = None
     sizes_from: dict[str, str] = field(default_factory=dict)
 
-    def made(self) -> dict[str, Tensor]:
-        """What theirs computes or leaves out, and ours stores: "made/PART/our name" -> its numbers."""
-        result: dict[str, Tensor] = {}
-        network = self.configs["denoiser"]["network"]
-        if network["kind"] == "dit":
-            from darkroom.networks.positions import square_table
 
-            side = network["input_size"] // network["patch_size"]
-            result["made/denoiser/network.pos_embed"] = square_table(side, side, network["hidden_size"])
-        for name, encoder in self.configs["conditioner"]["encoders"].items():
-            if encoder["kind"] == "sdxl_text":
-                import torch
+def made_tensors(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What theirs computes or leaves out, and ours stores: "made/PART/our name" -> its numbers."""
+    result: dict[str, Tensor] = {}
+    network = configs["denoiser"]["network"]
+    if network["kind"] == "dit":
+        from darkroom.networks.positions import square_table
 
-                # The temperature of CLIP's training, which nothing reads.
-                result[f"made/conditioner/encoders.{name}.towers.clip_g.network.logit_scale"] = torch.tensor(2.6592600)
-        return result
+        side = network["input_size"] // network["patch_size"]
+        result[f"{MADE}denoiser/network.pos_embed"] = square_table(side, side, network["hidden_size"])
+    for name, encoder in configs["conditioner"]["encoders"].items():
+        if encoder["kind"] == "sdxl_text":
+            import torch
+
+            # The temperature of CLIP's training, which nothing reads.
+            result[f"{MADE}conditioner/encoders.{name}.towers.clip_g.network.logit_scale"] = torch.tensor(2.6592600)
+    return result
+
+
+def bare_configs(place: Path) -> dict[str, dict[str, Any]]:
+    """For the config.json of a network alone: of its noise it says nothing, so that is as in the published models."""
+    network = _network(place)
+    denoiser: dict[str, Any] = {"network": network, "schedule": {"kind": "ldm", **families.STABLE_DIFFUSION}}
+    if network["kind"] == "mmdit":
+        denoiser |= {"schedule": {"kind": "flow", "shift": 3.0}, "prediction_type": "velocity"}
+    elif network["kind"] == "dit":
+        variance = network["out_channels"] == 2 * network["in_channels"]
+        betas = {"kind": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+        denoiser |= {"schedule": betas, "learned_variance": variance}
+    elif not network["use_spatial_transformer"]:
+        denoiser["schedule"] = {"kind": "ldm", **families.PAPER_UNCONDITIONAL}
+    return {"denoiser": {"prediction_type": "epsilon", **denoiser}, "conditioner": {"encoders": {}}}
 
 
 def read_configs(path: Path, pipeline: str, names: list[str]) -> FoundConfigs:
@@ -240,6 +257,8 @@ def _sizes_width(path: Path) -> int:
 
 def _sd3(path: Path, names: list[str], network: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     folders: list[str] = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if name in names]
+    if not folders:
+        return {}, []
     if folders[:2] != ["text_encoder", "text_encoder_2"]:
         raise DarkroomError(f"{path} lacks a text tower: text_encoder and text_encoder_2 are needed")
     encoder: dict[str, Any] = {"kind": "sd3_text", "project_l": True, "t5": None, "context_dim": network["context_dim"]}

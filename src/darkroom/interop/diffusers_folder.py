@@ -14,8 +14,22 @@ from typing import Any
 
 from darkroom.errors import DarkroomError
 from darkroom.interop import diffusers_first_stage as autoencoders
-from darkroom.interop.diffusers_components import MODEL, TRANSFORMER, Component, components
-from darkroom.interop.diffusers_configs import FoundConfigs, read_configs
+from darkroom.interop.diffusers_components import (
+    MODEL,
+    TRANSFORMER,
+    Component,
+    components,
+    network_component,
+    network_config,
+)
+from darkroom.interop.diffusers_configs import (
+    MADE,
+    NETWORK_CLASSES,
+    FoundConfigs,
+    bare_configs,
+    made_tensors,
+    read_configs,
+)
 from darkroom.interop.diffusers_pipelines import OWN_PIPELINE, Pipeline
 from darkroom.interop.first_stage_files import CONFIG, PIPELINE, expected_shapes, plain_config
 from darkroom.interop.found_model import OWN, FoundModel, some
@@ -28,15 +42,15 @@ NOTES = "darkroom"  # the folder of what only we read
 NOTE_FILE, REST_FILE = f"{NOTES}/note.json", f"{NOTES}/rest.safetensors"
 LIVE = "live/"  # in front of names of weights as the last step of training left them
 LIVE_VARIANT = "non_ema"  # diffusers' word for them
-MADE = "made/"  # in front of names of tensors that theirs computes and ours stores
 # Components that are no part of a latent diffusion model: a filter behind it, estimators of conditions.
 BESIDE_MODEL = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 
 
 def find_diffusers(path: Path) -> FoundModel | None:
-    """The whole model in a pipeline's folder; None where there is no pipeline, an error where it is not known here."""
+    """The whole model in a pipeline's folder, or the denoiser in the folder of its network alone; None where there is
+    neither, an error where it is not known here."""
     if not (path / PIPELINE).is_file():
-        return None
+        return _bare(path)
     index = read_json(path / PIPELINE, "pipeline index")
     name = index.get("_class_name")
     pipeline = str(name[-1] if isinstance(name, list) and name else name)
@@ -132,7 +146,7 @@ def _tables(
     tables: dict[str, dict[str, Place]] = {"first_stage": {}, "denoiser": {}, "conditioner": {}}
     for component in found:
         tables[component.part] |= _as_stored(component, shapes)
-    made = read.made()
+    made = made_tensors(read.configs)
     for ours in made:
         part, _, name = ours.removeprefix(MADE).partition("/")
         tables[part][name] = same(ours)
@@ -211,6 +225,36 @@ def _live(
     return files, {"denoiser": table}
 
 
+def _bare(path: Path) -> FoundModel | None:
+    """A network's own folder: a denoiser without first stage and conditions, its noise that of the published models."""
+    config = read_json(path / CONFIG, "config") if (path / CONFIG).is_file() else {}
+    if config.get("_class_name") not in NETWORK_CLASSES:
+        return None
+    configs = bare_configs(path / CONFIG)
+    files = component_files(path)
+    if not files:
+        raise DarkroomError(f"{path} holds no weights; {MODEL}.safetensors is needed")
+    component = network_component(network_config(configs["denoiser"]), {}, None)
+    source = FileSource([(f"{component.folder}/", open_tensor_file(place)) for place in files])
+    table = dict(_as_stored(component, source.shapes))
+    made = made_tensors(configs)
+    table |= {name.removeprefix(f"{MADE}denoiser/"): same(name) for name in made}
+    used = {name for place in table.values() for name in place.names}
+    if unknown := [name for name in source.shapes if name not in used]:
+        raise DarkroomError(f"{path} holds {len(unknown)} tensors of no known part ({some(unknown)})")
+    return FoundModel(
+        path=path,
+        layout="diffusers",
+        family=OWN,
+        title=f"a diffusers {component.cls}",
+        source=JoinedSource(source, MemorySource(made)),
+        configs=configs,
+        tables={"denoiser": table, "conditioner": {}},
+        info={"name": path.resolve().name},
+        facts={"prediction": f"{configs['denoiser']['prediction_type']} (of the published models)"},
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- ours
 
 
@@ -286,6 +330,3 @@ def note_text(
         "shapes": {part: {n: list(s) for n, s in table.items()} for part, table in shapes.items()},
     }
     return json.dumps(note, indent=1, ensure_ascii=False) + "\n"
-
-
-__all__ = ["CONFIG", "component_files", "component_names", "find_diffusers", "note_text"]

@@ -66,7 +66,7 @@ def _by_conditions(network: Mapping[str, Any], encoders: Mapping[str, Mapping[st
     words = f"{kind} with {' and '.join(kinds) or 'no condition'}"
     found: Pipeline | None = None
     if kind == "mmdit":
-        found = SD3 if kinds == ["sd3_text"] else None
+        found = SD3 if kinds in ([], ["sd3_text"]) else None  # its official file has no text towers
     elif kind == "dit":
         found = DIT if kinds == ["class"] and _one(encoders).get("slot") == "label" else None
     elif kinds == ["sdxl_text", "sizes"]:

@@ -79,7 +79,7 @@ def to_scheduler(
     if name in ("DDIMScheduler", "DDPMScheduler"):
         config["clip_sample"] = False  # latents are not within [-1, 1]
     if name in ("DDIMScheduler", "PNDMScheduler"):
-        config["set_alpha_to_one"] = False
+        config["set_alpha_to_one"] = offset == 0  # their first time is then the table's first, not the data
     if name == "PNDMScheduler":
         config["skip_prk_steps"] = True
     if name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):

@@ -66,13 +66,13 @@ def to_unet2d_config(config: UNetConfig, sample_size: int | None = None) -> dict
     groups = group_counts(c)
     for is_lacking, what in (
         (c.use_spatial_transformer, "spatial transformers (UNet2DConditionModel has)"),
-        (c.channel_mult[0] != 1, f"a first level of {c.channel_mult[0]} times model_channels"),
+        (c.channel_mult[0] != 1, f"first level of {c.channel_mult[0]} times model_channels"),
         (not isinstance(c.num_res_blocks, int), "numbers of blocks that differ between levels"),
         (not c.conv_resample and not c.resblock_updown, "resampling without a convolution"),
-        (c.adm_in_channels is not None or isinstance(c.num_classes, str), "a vector as condition"),
+        (c.adm_in_channels is not None or isinstance(c.num_classes, str), "vector as condition"),
         (c.position_embedding, "position_embedding"),
         (c.target_time, "target_time"),
-        (width is None, "heads of different widths"),
+        (width is None, "heads of several widths"),
         (len(groups) > 1, f"norms of {' and '.join(map(str, sorted(groups)))} groups in one network"),
     ):
         if is_lacking:

@@ -60,8 +60,7 @@ def write_diffusers_model(
     """Into a folder that is there. weights: "all" (averaged ones, and beside them those of the last step as the variant
     "non_ema"), or one of "ema" and "live"."""
     pipeline = refuse_inexpressible(found)
-    size, network = _sample_size(found), found.configs["denoiser"]["network"]
-    parts = components(found.configs, shapes, found.latents, pipeline, size)
+    parts = components(found.configs, shapes, found.latents, pipeline, _sample_size(found))
     tables = found.tables_of("ema" if weights == "all" else weights)
     live = found.tables if weights == "all" else {}
     places: dict[str, str] = {}
@@ -103,7 +102,6 @@ def write_diffusers_model(
     cls: Any = ["pipeline", pipeline.name] if pipeline.is_own else pipeline.name
     head = {"_class_name": cls, "_diffusers_version": "0.36.0", f"_{EXPORTED_BY}": f"darkroom {__version__}"}
     _write_json(folder / PIPELINE, head | dict(sorted(index.items())))
-    assert network is not None
 
 
 def _content(
@@ -185,7 +183,9 @@ def _of_pipeline(folder: Path, pipeline: Pipeline, found: FoundModel) -> dict[st
     if name == "StableDiffusionXLPipeline":
         return {"force_zeros_for_empty_prompt": True, "image_encoder": none, "feature_extractor": none}
     if name == "StableDiffusion3Pipeline":
-        more = {} if encoders["sd3_text"].get("t5", {}) is not None else {"text_encoder_3": none, "tokenizer_3": none}
+        text = encoders.get("sd3_text")
+        gone: tuple[str, ...] = ("", "_2", "_3") if text is None else ("_3",) if text.get("t5", {}) is None else ()
+        more = {f"{name}{number}": none for number in gone for name in ("text_encoder", "tokenizer")}
         return {"image_encoder": none, "feature_extractor": none, **more}
     if pipeline.is_own:
         text = encoders.get("text", {})
