@@ -151,8 +151,18 @@ def test_the_folder_gives_back_the_model(name: str, tmp_path: Path) -> None:
     assert again.conditioner.config_dict == model.conditioner.config_dict
     assert again.denoiser.config_dict == model.denoiser.config_dict
     assert again.defaults == model.defaults
-    assert contents(folder)
-    export(again, folder, format="diffusers")  # an earlier export is replaced
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    model, _ = own("nothing")
+    folder = export(model, tmp_path / "exported", format="diffusers")
+    before = contents(folder)
+    export(model, folder, format="diffusers")
+    after = contents(folder)
+    assert before.keys() == after.keys() and all(same_bits(before[name], after[name]) for name in before)
+    (folder / "darkroom" / "note.json").unlink()
+    with pytest.raises(DarkroomError, match="holds other files"):
+        export(model, folder, format="diffusers")
 
 
 def test_the_bundled_text_model_runs_in_diffusers(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from darkroom.exchange import export
 RUN: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
 
 
-@pytest.fixture(params=["theirs", "exported"])
+@pytest.fixture(params=["theirs", pytest.param("exported", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, theirs: Path, tmp_path: Path) -> Any:
     """Where diffusers takes a pipeline from: its own folder, or the one that we write for the model we loaded."""
 
