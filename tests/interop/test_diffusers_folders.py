@@ -15,6 +15,7 @@ from official_files import golden, hollow_layout, layout, write_checkpoint
 from safetensors.torch import save_file
 
 from darkroom.assemble import hollow_parts, shapes_of
+from darkroom.cli.main import main
 from darkroom.errors import DarkroomError
 from darkroom.exchange import convert
 from darkroom.interop.diffusers_components import components
@@ -241,3 +242,13 @@ def test_shards_stay_in_their_folder(theirs: Path, tmp_path: Path) -> None:
     (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DarkroomError, match="no names of files beside it"):
         find_model(tmp_path / "broken")
+
+
+def test_the_command_line_tells_what_a_folder_is(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(theirs / "sdxl")]) == 0
+    told = capsys.readouterr().out
+    assert "Stable Diffusion XL base (diffusers)" in told and "epsilon (of scheduler_config.json)" in told
+    assert main(["convert", str(theirs / "ldm"), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
+    assert "(diffusers): 311 tensors, bit for bit" in capsys.readouterr().out

@@ -44,6 +44,7 @@ def convert(
     \b
       darkroom convert v1-5-pruned.ckpt sd-v1                    a Darkroom model folder: all of it
       darkroom convert sd-v1 sd-v1.safetensors                   and back to one official file
+      darkroom convert sd-v1 folder --to diffusers               for DiffusionPipeline.from_pretrained
       darkroom convert v2-1.ckpt sd2 --set prediction=epsilon    where its family's default is wrong
       darkroom convert kl-f8.ckpt kl-f8                          a Darkroom model folder
       darkroom convert v1-5.safetensors vae.safetensors --first-stage

@@ -112,8 +112,17 @@ def _weight_file(path: Path) -> dict[str, Any]:
 
 def _diffusers_folder(path: Path) -> dict[str, Any]:
     from darkroom.interop.first_stage_files import find_first_stage
+    from darkroom.interop.found_model import find_model
 
     facts: dict[str, Any] = {"path": str(path), "kind": "diffusers folder"}
+    try:
+        if (model := find_model(path)) is not None:
+            facts["model"] = model.title
+            counts = {part.replace("_", " "): len(table) for part, table in model.tables.items() if table}
+            facts["parts of it"] = ", ".join(f"{part} {count} tensors" for part, count in counts.items())
+            facts |= model.facts
+    except DarkroomError as error:
+        facts["model"] = f"cannot be loaded: {error}"
     found = find_first_stage(path)
     if found is None:
         return facts | {"first stage": "none that can be loaded"}

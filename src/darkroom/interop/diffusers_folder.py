@@ -55,7 +55,7 @@ def find_diffusers(path: Path) -> FoundModel | None:
     name = index.get("_class_name")
     pipeline = str(name[-1] if isinstance(name, list) and name else name)
     if (path / NOTE_FILE).is_file():
-        return _noted(path, pipeline, index)
+        return _noted(path, pipeline)
     if pipeline == OWN_PIPELINE or isinstance(name, list):
         raise DarkroomError(f"{path} has a pipeline of its own ({pipeline}) and no {NOTE_FILE}, which says what it is")
     return _foreign(path, pipeline, index)
@@ -258,7 +258,7 @@ def _bare(path: Path) -> FoundModel | None:
 # -------------------------------------------------------------------------------------------------------------- ours
 
 
-def _noted(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
+def _noted(path: Path, pipeline: str) -> FoundModel:
     """A folder that we wrote: the note says what it is; what the components have no place for is in a file beside."""
     try:
         note = read_json(path / NOTE_FILE, "note about the model")

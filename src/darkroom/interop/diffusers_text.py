@@ -46,7 +46,6 @@ BERT_TOP = {
 BERT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 QKV = ("q_proj", "k_proj", "v_proj")
 T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # the same tensor; files hold one of them or both
-FEED_FORWARD = {"relu": "relu", "gated-gelu": "gated-gelu"}
 
 # ------------------------------------------------------------------------------------------------------ CLIP, OpenCLIP
 
