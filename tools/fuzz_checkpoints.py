@@ -266,6 +266,8 @@ def run(
                 refused, change, outcomes = check_case(name, number, seed, place, watch, using)
                 tally.by_seed[name] += 1
                 tally.refused += refused
+                if refused and tally.refused % 1000 == 0:
+                    show(f"{tally.refused} refused of {sum(tally.by_seed.values())}")
                 tally.read[name] += not refused
                 tally.slowest = max(tally.slowest, *(o.seconds for o in outcomes.values()))
                 tally.largest = max(tally.largest, *(o.grown for o in outcomes.values()))
