@@ -153,6 +153,23 @@ def test_the_folder_gives_back_the_model(name: str, tmp_path: Path) -> None:
     assert again.defaults == model.defaults
 
 
+@pytest.mark.parametrize("name", ["text", "class", "dit"])
+def test_weights_before_averaging_come_back(name: str, tmp_path: Path) -> None:
+    """Training averages the trained conditions too."""
+    model, _ = own(name)
+    parts = {"denoiser": model.denoiser, "conditioner": model.conditioner}
+    live = {part: {n: t + 1 for n, t in module.state_dict().items()} for part, module in parts.items()}
+    model.save(tmp_path / "ours", live={part: state for part, state in live.items() if state})
+    there = convert(tmp_path / "ours", tmp_path / "folder", "diffusers")
+    again = convert(tmp_path / "folder", tmp_path / "again")
+    assert there.tensors == again.tensors
+    for kind, wanted in (("live", live), ("ema", {part: module.state_dict() for part, module in parts.items()})):
+        loaded = darkroom.load(tmp_path / "folder", kind, "cpu")
+        assert isinstance(loaded, LatentDiffusion)
+        for part, state in wanted.items():
+            assert all(same_bits(t, state[n]) for n, t in getattr(loaded, part).state_dict().items())
+
+
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     model, _ = own("nothing")
     folder = export(model, tmp_path / "exported", format="diffusers")

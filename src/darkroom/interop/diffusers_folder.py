@@ -207,22 +207,19 @@ def _kept(name: str) -> str | None:
 def _live(
     path: Path, folders: Iterable[str], tables: Mapping[str, Table]
 ) -> tuple[list[tuple[str, TensorFile]], dict[str, Table]]:
-    """The weights before averaging, where a network's folder has them beside the averaged ones."""
-    files = [
-        (LIVE + prefix, file)
-        for folder in folders
-        if folder in ("unet", "transformer")
-        for prefix, file in _open(path, folder, LIVE_VARIANT)
-    ]
-    if not files:
-        return [], {}
-    table = {
-        ours: place
-        if place.names[0].startswith(MADE)
-        else replace(place, names=tuple(LIVE + name for name in place.names))
-        for ours, place in tables["denoiser"].items()
-    }
-    return files, {"denoiser": table}
+    """The weights before averaging, where components have them beside the averaged ones; by part, where ours stand."""
+    files = [(LIVE + prefix, file) for folder in folders for prefix, file in _open(path, folder, LIVE_VARIANT)]
+    there = {prefix + name for prefix, file in files for name in file.shapes}
+    result: dict[str, Table] = {}
+    for part, table in tables.items():
+        moved = {
+            ours: replace(place, names=tuple(LIVE + name for name in place.names))
+            for ours, place in table.items()
+            if LIVE + place.names[0] in there
+        }
+        if moved:
+            result[part] = {**table, **moved}
+    return files, result
 
 
 def _bare(path: Path) -> FoundModel | None:
@@ -281,13 +278,12 @@ def _noted(path: Path, pipeline: str) -> FoundModel:
         start = f"{NOTES}/{part}/"
         table |= {n.removeprefix(start): same(n) for n in source.shapes if n.startswith(start)}
     live_files, live = _live(path, folders, tables)
-    if live:
-        start = f"{LIVE}{NOTES}/denoiser/"
-        live["denoiser"] = dict(live["denoiser"]) | {
-            n.removeprefix(start): same(n) for n in source.shapes if n.startswith(start)
-        }
+    for part, table in tables.items():
+        start = f"{LIVE}{NOTES}/{part}/"
+        if moved := {n.removeprefix(start): same(n) for n in source.shapes if n.startswith(start)}:
+            live[part] = {**live.get(part, table), **moved}
     joined = JoinedSource(source, FileSource(live_files))
-    made = {f"{c.folder}/{n}" for c in found for n in c.ready}
+    made = {f"{start}{c.folder}/{n}" for c in found for n in c.ready for start in ("", LIVE)}
     used = made | {n for t in (*tables.values(), *live.values()) for place in t.values() for n in place.names}
     used |= {str(places.get(n, n)) for n in kept if n not in aliases}
     if unknown := [n for n in joined.shapes if n not in used]:

@@ -14,7 +14,7 @@ from typing import Any
 from darkroom import __version__
 from darkroom.errors import DarkroomError
 from darkroom.interop.content import Content
-from darkroom.interop.diffusers_components import MODEL, TRANSFORMER, Component, check_towers, components
+from darkroom.interop.diffusers_components import TRANSFORMER, Component, check_towers, components
 from darkroom.interop.diffusers_folder import (
     CONFIG,
     LIVE,
@@ -77,7 +77,7 @@ def write_diffusers_model(
                 places[name] = name
         _write(place / f"{component.stem}.safetensors", content)
         if component.part in found.averaged and component.part in live:
-            _write(place / f"{MODEL}.{LIVE_VARIANT}.safetensors", _content(component, found, live, shapes))
+            _write(place / f"{component.stem}.{LIVE_VARIANT}.safetensors", _content(component, found, live, shapes))
     (folder / NOTES).mkdir()
     rest = _rest(parts, found, tables, live, shapes)
     for name in found.kept:
