@@ -166,13 +166,14 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b, c, h, w = x.shape
     parts = _winograd_weights(weight)
     tiles = -(-h // 4)
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 4 * tiles + 1 - h))  # (B, 4 tiles + 2, W, C)
+    image = x.permute(0, 2, 3, 1)
     out = torch.empty((b, 4 * tiles, w, weight.shape[0]), dtype=x.dtype, device=x.device)
     step = max(_WINOGRAD_CHUNK // (6 * b * w * c), 1)
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
         start = 4 * first
-        rows = _winograd_rows([padded[:, start + k : start + k + 4 * count - 3 : 4] for k in range(6)])
+        strip = _with_zeros(image, start - 1, start + 4 * count + 1)
+        rows = _winograd_rows([strip[:, k : k + 4 * count - 3 : 4] for k in range(6)])
         # A constant in the second of the six comes out once in each of the four rows.
         m = [
             F.conv2d(row.permute(0, 3, 1, 2), part, bias if k == 1 else None, padding=(0, 1)).permute(0, 2, 3, 1)
@@ -186,6 +187,14 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         torch.add(even, even_2, alpha=4, out=y[2])
         torch.add(odd, odd_2, alpha=8, out=y[3]).add_(m[5])
     return out[:, :h].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _with_zeros(image: Tensor, first: int, end: int) -> Tensor:
+    """Rows first..end of (B, H, W, C), zeros where the image has none; a copy only at its edges."""
+    height = image.shape[1]
+    inside = image[:, max(first, 0) : min(end, height)]
+    above, below = max(-first, 0), max(end - height, 0)
+    return F.pad(inside, (0, 0, 0, 0, above, below)) if above or below else inside
 
 
 def _winograd_rows(d: list[Tensor]) -> list[Tensor]:
