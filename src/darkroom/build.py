@@ -39,6 +39,15 @@ def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
     return first_stage
 
 
+def with_grain(first_stage: FirstStage) -> FirstStage:
+    """The same first stage, whose decoder has noise to draw texture from, and does not use it yet."""
+    config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
+    result = build_first_stage(config | {"decoder_grain": True})
+    result.load_state_dict(result.state_dict() | first_stage.state_dict())
+    result.preview = first_stage.preview
+    return result.to(first_stage.shift.device)
+
+
 def _build_autoencoder(config: Mapping[str, Any]) -> FirstStage:
     kind, values = config.get("kind"), {k: v for k, v in config.items() if k != "kind"}
     if kind == "identity":

@@ -24,6 +24,7 @@ from darkroom.build import (
     conditioner_config,
     denoiser_config,
     pixel_first_stage,
+    with_grain,
 )
 from darkroom.config import from_dict, merge, to_dict
 from darkroom.data.batches import collate
@@ -149,7 +150,8 @@ class Planner:
     def _first_stage(self) -> FirstStage | None:
         choice = self.recipe.first_stage
         if choice.train is not None and choice.train.init_from is not None:
-            return load_first_stage(choice.train.init_from, torch.device("cpu")).requires_grad_(True)
+            first_stage = load_first_stage(choice.train.init_from, torch.device("cpu"))
+            return (with_grain(first_stage) if choice.train.add_grain else first_stage).requires_grad_(True)
         if choice.train is not None:
             pixels = to_dict(self.recipe.data.pixel_format)
             return build_first_stage(to_dict(choice.train.autoencoder) | {"pixels": pixels})

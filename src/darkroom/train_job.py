@@ -30,6 +30,7 @@ from darkroom.build import (
     conditioner_config,
     denoiser_config,
     pixel_first_stage,
+    with_grain,
 )
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.requests import encoders_of
@@ -392,7 +393,8 @@ class _Job:
         config = choice.train
         torch.manual_seed(config.seed)
         if config.init_from is not None:
-            first_stage = load_first_stage(config.init_from, self.device).requires_grad_(True)
+            first_stage = load_first_stage(config.init_from, self.device)
+            first_stage = (with_grain(first_stage) if config.add_grain else first_stage).requires_grad_(True)
         else:
             first_stage = build_first_stage(to_dict(config.autoencoder) | {"pixels": to_dict(self.data.pixels)})
             quieten_posterior(first_stage.trainable, config.objective.initial_posterior_std)

@@ -113,3 +113,13 @@ def test_relativistic_loss_sees_only_differences() -> None:
     assert float(loss) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-12)
     torch.testing.assert_close(losses.discriminator_loss(real + 7, fake + 7, "relativistic"), loss)
     torch.testing.assert_close(losses.adversarial_loss(fake, real) - loss, (real - fake).mean())
+
+
+def test_the_squared_slope_of_a_linear_discriminator_is_that_of_its_weights() -> None:
+    """E[(D(x + s e) - D(x))^2] / s^2 = |w|^2 for D(x) = <w, x>, whatever the step s."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(48, generator=g, dtype=torch.float64)
+    x, noise = (torch.randn(20_000, 48, generator=g, dtype=torch.float64) for _ in range(2))
+    for step in (0.01, 0.5):
+        slope = losses.squared_slope(x @ w, (x + step * noise) @ w, step)
+        assert float(slope) == pytest.approx(float(w.square().sum()), rel=0.03)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
+from darkroom.first_stage.grain import Grain
 
 TINY: dict[str, Any] = {
     "channels": 8,
@@ -30,6 +31,7 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
         "decoder_num_res_blocks": 1,
     },
     "f1": {"channel_mult": (1,)},
+    "grain": {"channel_mult": (1, 2, 3), "decoder_grain": True},
 }
 
 
@@ -40,4 +42,7 @@ def make_autoencoder(name: str) -> Autoencoder:
         for parameter in autoencoder.parameters():  # gains and biases of norms that matter
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, std=0.5)
+        for module in autoencoder.modules():
+            if isinstance(module, Grain):  # it begins as nothing
+                torch.nn.init.normal_(module.project.weight)
     return autoencoder.requires_grad_(False)

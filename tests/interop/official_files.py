@@ -62,6 +62,7 @@ def official_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_groups": 32,
         "decoder_channels": None,
         "decoder_num_res_blocks": None,
+        "decoder_grain": False,
     }
 
 

@@ -294,6 +294,8 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     refused("norms of 16 and 32 groups", own_first_stage(norm_groups=32), "diffusers")
     refused("3 channels around 5 latent ones", own_first_stage(embed_dim=5), "diffusers")
     refused("decoder of other widths", own_first_stage(decoder_channels=32), "diffusers")
+    refused("decoder with grain", own_first_stage(decoder_grain=True), "diffusers")
+    refused("decoder with grain", own_first_stage(channels=32, norm_groups=32, decoder_grain=True), "compvis", "a.ckpt")
     refused("first level of 2 times", own_first_stage(channel_mult=[2, 2]), "diffusers")
     refused("VQModel has no place for the shift 0.25", own_first_stage(codebook_size=9), "diffusers")
     per_channel = own_first_stage(channels=32, norm_groups=32)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "first_stage"))
 from first_stage_golden import TOLERANCE, autoencoder_config, load_topic, make_inputs, state_dict
 
 from darkroom.errors import DarkroomError
-from darkroom.features.laplacian import LocalContrastDistance, NormalisedLaplacianDistance
+from darkroom.features.laplacian import NormalisedLaplacianDistance
+from darkroom.features.texture import TextureDistance
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
 from darkroom.first_stage.losses import adversarial_loss, reconstruction_error, reconstruction_nll
 from darkroom.training.first_stage_step import (
@@ -534,16 +535,16 @@ def test_the_discriminator_has_its_own_rate_unless_told() -> None:
     assert make(replace(CONFIG, discriminator_learning_rate=None)).phases[1].optimizer is None
 
 
-def test_contrast_is_added_to_the_error_of_every_element() -> None:
+def test_texture_is_added_to_the_error_of_every_element() -> None:
     config = replace(CONFIG, discriminator_weight=0.0, learn_log_variance=False, perceptual="none")
     image, noise = images(), torch.zeros(4, 4, 8, 8)
-    plain, contrast = first(make(config)), first(make(replace(config, contrast_weight=2.0)))
+    plain, texture = first(make(config)), first(make(replace(config, texture_weight=2.0)))
     with torch.no_grad():
         reconstruction = plain.autoencoder.decode(plain.autoencoder.encode(image).sample_with(noise))
-    expected = 2.0 * LocalContrastDistance()(image, reconstruction).mean()
-    (one, _), (other, metrics) = plain.loss(image, noise, 0), contrast.loss(image, noise, 0)
+    expected = 2.0 * TextureDistance()(image, reconstruction).mean()
+    (one, _), (other, metrics) = plain.loss(image, noise, 0), texture.loss(image, noise, 0)
     torch.testing.assert_close(other - one, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(metrics["contrast"], expected / 2)
+    torch.testing.assert_close(metrics["texture"], expected / 2)
 
 
 def test_a_discriminator_that_warms_up_learns_before_the_autoencoder_hears_of_it() -> None:
@@ -578,3 +579,23 @@ def test_the_ceiling_of_the_adaptive_weight() -> None:
     assert float(first(free).loss(image, noise, 5)[1]["adaptive_weight"]) > 0.5 * 1e-3
     weight = first(bounded).loss(image, noise, 5)[1]["adaptive_weight"]
     assert float(weight) == pytest.approx(CONFIG.discriminator_weight * 1e-3)
+
+
+def test_a_smooth_discriminator_pays_for_its_slope_at_images_and_reconstructions() -> None:
+    free, smooth = make(), make(replace(CONFIG, discriminator_smoothness=0.5))
+    losses = []
+    for step in (free, smooth):
+        first(step).loss(images(), torch.zeros(4, 4, 8, 8), 5)
+        losses.append(step.phases[1].module({}, generator(0), 5))
+    (plain, without), (total, metrics) = losses
+    assert "squared_slope" not in without and float(metrics["squared_slope"]) > 0
+    torch.testing.assert_close(total - plain, 0.5 * metrics["squared_slope"])
+    parameters = [p for p in smooth.phases[1].parameters if p.requires_grad]
+    rate, before = 1e-2, float(metrics["squared_slope"])
+    total.backward()
+    with torch.no_grad():
+        for p in parameters:
+            p -= rate * p.grad
+    first(smooth).loss(images(), torch.zeros(4, 4, 8, 8), 5)
+    _, after = smooth.phases[1].module({}, generator(0), 5)
+    assert float(after["squared_slope"]) != before

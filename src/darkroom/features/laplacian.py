@@ -22,74 +22,35 @@ from torch import Tensor, nn
 
 FILTER = (0.05, 0.25, 0.4, 0.25, 0.05)  # Burt & Adelson 1983, a = 0.4: the filter of the paper
 SIGMA = 0.17  # contrast at which the division saturates, for images in [0, 1]
-NEIGHBOURHOOD_OCTAVES = 3  # in which contrast is compared: an unsure decoder knows it there, not at a pixel
 EPSILON = 1e-4  # keeps the gradient of the root finite where two bands agree
 
 
-class PyramidDistance(nn.Module):
-    """(B, C, H, W) twice, in [-1, 1] -> (B,): mean over bands of the root mean square difference of `describe(band)`.
+class NormalisedLaplacianDistance(nn.Module):
+    """(B, C, H, W) twice, in [-1, 1] -> (B,): mean over bands of the root mean square difference, each band divided by
+    the local mean of its magnitude.
 
     `levels - 1` band-pass images, one octave each, as long as both sides have at least 4 pixels, and the low-pass rest.
     """
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int = 5) -> None:
         super().__init__()
         self.levels = levels
-
-    def describe(self, band: Tensor) -> Tensor:
-        """(N, h, w) -> (N, h', w'): what is compared of a band."""
-        raise NotImplementedError
-
-    def chosen(self, bands: list[Tensor]) -> list[Tensor]:
-        """The bands that count, of all, finest first."""
-        return bands
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-            bands = self.chosen(laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels))
-            distances = [_rms_difference(*self.describe(band).view(2, image.shape[0], -1)) for band in bands]
-            return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
-
-
-class NormalisedLaplacianDistance(PyramidDistance):
-    """The perceptual one: each band divided by the local mean of its magnitude."""
-
-    def __init__(self, levels: int = 5) -> None:
-        super().__init__(levels)
-
-    def describe(self, band: Tensor) -> Tensor:
-        return band / (SIGMA + _apply(_blur_matrix, band.abs()))
-
-
-class LocalContrastDistance(PyramidDistance):
-    """How far the local contrasts lie apart, wherever the details lie; 0 for images too small for a band.
-
-    The local contrast of a band is the mean square of its values in a neighbourhood of about twenty of its pixels: the
-    variance that SSIM compares (Wang et al. 2004, eq. 13), taken per octave. A mean square error is least where an
-    unsure decoder paints the average of all it deems possible, which is a blur; this distance then is large, and it is
-    small for grain that differs from the original in its phase only. Squares, not their roots: what an unsure decoder
-    then aims at is the mean energy, and not less.
-    """
-
-    def __init__(self, levels: int = 4) -> None:
-        super().__init__(levels)
-
-    def chosen(self, bands: list[Tensor]) -> list[Tensor]:
-        return bands[:-1]
-
-    def describe(self, band: Tensor) -> Tensor:
-        energy = band.square()
-        for _ in range(NEIGHBOURHOOD_OCTAVES):
-            energy = _apply(_reduce_matrix, energy)
-        return energy
+            distances = []
+            for band in laplacian_pyramid(_planes(image.to(dtype), other.to(dtype)), self.levels):
+                normalised = band / (SIGMA + _apply(_blur_matrix, band.abs()))
+                distances.append(_rms_difference(*normalised.view(2, image.shape[0], -1)))
+            return torch.stack(distances).mean(0)
 
 
 def laplacian_pyramid(x: Tensor, levels: int) -> list[Tensor]:
     """(N, H, W) -> [finest, ..., low-pass]; x = finest + expand(next finest + expand(...))."""
     bands: list[Tensor] = []
     while len(bands) < levels - 1 and min(x.shape[-2:]) >= 4:
-        low = _apply(_reduce_matrix, x)
+        low = reduce(x)
         bands.append(x - expand(low, x.shape[-2], x.shape[-1]))
         x = low
     return [*bands, x]
@@ -105,6 +66,11 @@ def _rms_difference(one: Tensor, other: Tensor) -> Tensor:
     square = (one - other).square().mean(1)
     # sqrt(square + EPSILON^2) - EPSILON, written so that 0 stays exactly 0
     return square / ((square + EPSILON**2).sqrt() + EPSILON)
+
+
+def reduce(x: Tensor) -> Tensor:
+    """(N, H, W) -> (N, ceil(H / 2), ceil(W / 2)): the filter at every second pixel of every second row."""
+    return _apply(_reduce_matrix, x)
 
 
 def expand(x: Tensor, height: int, width: int) -> Tensor:

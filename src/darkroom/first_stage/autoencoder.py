@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
+from darkroom.first_stage.grain import Grain
 from darkroom.first_stage.posterior import Posterior
 from darkroom.first_stage.quantizer import Codebook, precise
 from darkroom.kernels import Conv1x1, Conv3x3, norm, norm_silu, upsample_conv
@@ -42,6 +43,7 @@ class AutoencoderConfig:
     norm_groups: int = 32  # a level whose width it does not divide uses the greatest common divisor
     decoder_channels: int | None = None  # None: like the encoder
     decoder_num_res_blocks: int | None = None  # None: like the encoder; the decoder has one more per level
+    decoder_grain: bool = False  # noise for the decoder to draw texture from (grain.py), at each level it upsamples to
 
 
 class Autoencoder(nn.Module):
@@ -190,6 +192,8 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for level in reversed(range(len(widths))):
             stage = Level()
+            if config.decoder_grain and level != len(widths) - 1:
+                stage.grain = Grain(width)
             for _ in range(blocks):
                 stage.add(width, widths[level], groups, config.dropout, level in config.attention_levels)
                 width = widths[level]
@@ -208,10 +212,12 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each with attention behind it or not, then the change of resolution."""
+    """Residual blocks of one resolution, each with attention behind it or not, then the change of resolution; in a
+    decoder with grain that comes first."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.grain: Grain | None = None
         self.block = nn.ModuleList()
         self.attn = nn.ModuleList()
         self.downsample: Downsample | None = None
@@ -223,6 +229,8 @@ class Level(nn.Module):
             self.attn.append(Attention(out_channels, groups))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.grain is not None:
+            x = self.grain(x)
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):

@@ -54,6 +54,13 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
+def squared_slope(logits: Tensor, near: Tensor, step: float) -> Tensor:
+    """How steep a discriminator is: the mean of (D(x + step * e) - D(x))^2 / step^2 for standard normal e, which tends
+    to the squared norm of its gradient (R1 and R2 of Mescheder et al. 2018, eq. 9-10) and needs no second derivative
+    (Lin et al. 2025, "Diffusion Adversarial Post-Training", eq. 4)."""
+    return ((near - logits) / step).square().mean()
+
+
 def relativistic_loss(real: Tensor, fake: Tensor) -> Tensor:
     """(): mean softplus(fake - real), each patch of a reconstruction against the same patch of its image
     (Jolicoeur-Martineau 2018, RpGAN). What the picture shows raises both logits alike and cancels, so that only what

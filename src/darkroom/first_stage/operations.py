@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Attention, Autoencoder, Bottleneck, Level, ResBlock
+from darkroom.first_stage.grain import Grain
 from darkroom.first_stage.quantizer import Codebook
 
 
@@ -86,6 +87,16 @@ class Attend:
 
 
 @dataclass(frozen=True)
+class AddGrain:
+    """Add a decoder's fixed noise, whose rows depend on where in the map they are."""
+
+    grain: Grain
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.grain(x)
+
+
+@dataclass(frozen=True)
 class Quantise:
     """The nearest code at each position."""
 
@@ -95,7 +106,7 @@ class Quantise:
         return self.codebook.lookup(self.codebook.nearest(z)).to(z.dtype)
 
 
-Operation: TypeAlias = Convolution | Norm | Upsample | Remember | Add | Attend | Quantise
+Operation: TypeAlias = Convolution | Norm | Upsample | Remember | Add | Attend | AddGrain | Quantise
 
 
 def encoder_operations(autoencoder: Autoencoder) -> list[Operation]:
@@ -164,6 +175,8 @@ def _same(conv: nn.Conv2d) -> Convolution:
 
 
 def _level(level: Level) -> Iterator[Operation]:
+    if level.grain is not None:
+        yield AddGrain(level.grain)
     for i, block in enumerate(level.block):
         assert isinstance(block, ResBlock)
         yield from _res_block(block)

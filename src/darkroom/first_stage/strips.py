@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from darkroom.first_stage.grain import Grain
 from darkroom.first_stage.maps import Shape, Source, StoredMap
 from darkroom.first_stage.operations import Attend, Convolution
 from darkroom.first_stage.quantizer import precise
@@ -214,6 +215,23 @@ class Sum(Computed):
     def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
         yield from self.first.reads(start)
         yield from self.second.reads(start)
+
+
+class Grained(Computed):
+    def __init__(self, source: Source, grain: Grain) -> None:
+        super().__init__(source.shape)
+        self.source, self._grain = source, grain
+
+    def compute(self, start: int, stop: int) -> Tensor:
+        rows = self.source.rows(start, stop)
+        return rows + _rows(self._grain.rows(start, stop, self.shape.width)).to(rows.dtype)
+
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
+
+    def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
+        return self.source.reads(start)
 
 
 class Attended(Computed):

@@ -30,6 +30,7 @@ from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.maps import MemoryMap, Shape, Source, StoredMap, Workspace
 from darkroom.first_stage.operations import (
     Add,
+    AddGrain,
     Attend,
     Convolution,
     Norm,
@@ -46,6 +47,7 @@ from darkroom.first_stage.quantizer import precise
 from darkroom.first_stage.strips import (
     Attended,
     Convolved,
+    Grained,
     Normalised,
     Statistics,
     Sum,
@@ -206,6 +208,8 @@ class _Run:
                     )
                 self.workspace.used += self.held
                 self.current = Attended(current, operation)
+            case AddGrain(grain):
+                self.current = Grained(current, grain)
             case Quantise():
                 # A latent is small; as a whole it is compared exactly as the network does it, near ties included.
                 z = current.rows(0, current.shape.height).permute(2, 0, 1)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
-from darkroom.features.laplacian import LocalContrastDistance, NormalisedLaplacianDistance
+from darkroom.features.laplacian import NormalisedLaplacianDistance
 from darkroom.features.lpips import load_lpips, lpips_available
 from darkroom.features.perceptual import load_perceptual
+from darkroom.features.texture import TextureDistance
 from darkroom.first_stage.autoencoder import Autoencoder
 from darkroom.first_stage.discriminator import Discriminator, DiscriminatorNorm
 from darkroom.first_stage.losses import (
@@ -34,6 +35,7 @@ from darkroom.first_stage.losses import (
     discriminator_loss,
     reconstruction_error,
     reconstruction_nll,
+    squared_slope,
 )
 from darkroom.first_stage.quantizer import (
     code_counts,
@@ -47,6 +49,7 @@ from darkroom.training.loop import Phase, all_parameters
 from darkroom.training.optim import OptimizerConfig
 
 Batch = dict[str, Any]
+SLOPE_STEP = 0.05  # deviation of the noise over which a discriminator's slope is measured, of images in [-1, 1]
 DISCRIMINATOR_BETAS = (0.5, 0.9)  # official; it follows an adversary that changes, so it forgets soon
 Perceptual = Literal["auto", "darkroom", "laplacian", "vgg", "none"]
 
@@ -62,7 +65,7 @@ class FirstStageTrainConfig:
     log_variance: float = 0.0
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else our own network
     perceptual_weight: float = 1.0
-    contrast_weight: float = 0.0  # of the difference in local contrast: against the blur that squared errors reward
+    texture_weight: float = 0.0  # of the distance between local textures: against the blur that squared errors reward
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # VQ: of the codebook loss
     codebook_beta: float = 0.25  # VQ: of the term that moves the codes, beside the commitment of the encoder
@@ -81,6 +84,8 @@ class FirstStageTrainConfig:
     discriminator_channels: int = 32  # official: 64
     discriminator_layers: int = 3
     discriminator_norm: DiscriminatorNorm = "group"  # official: "batch"
+    discriminator_smoothness: float = 0.0  # of the penalty on its slope, at images and at reconstructions: one that
+    # follows every pixel tells all reconstructions from images at once, and what it then says is of no use to them
     # Its own rate, constant after a warm-up: a rate at which a fresh autoencoder learns fast silences a discriminator
     # for good, since its weights begin near 0. None: the autoencoder's rate and curve, as in the official code.
     discriminator_learning_rate: float | None = 2e-4
@@ -142,8 +147,8 @@ class FirstStageStep:
             )
             self.modules["discriminator"] = self.discriminator
         distance = make_perceptual(self.perceptual)
-        contrast = LocalContrastDistance() if config.contrast_weight > 0 else None
-        frozen = Frozen(self.discriminator, distance, contrast, self.code_use)
+        texture = TextureDistance() if config.texture_weight > 0 else None
+        frozen = Frozen(self.discriminator, distance, texture, self.code_use)
         first = AutoencoderPhase(autoencoder, self.likelihood, frozen, config, self.pairs)
         self.phases = [Phase("autoencoder", first, all_parameters([first]))]
         if self.discriminator is not None:
@@ -215,7 +220,7 @@ class Frozen:
 
     discriminator: Discriminator | None
     perceptual: nn.Module | None
-    contrast: nn.Module | None
+    texture: nn.Module | None
     code_use: CodeUse | None
 
 
@@ -298,16 +303,16 @@ class AutoencoderPhase(nn.Module):
             adversarial = adversarial_loss(precise(discriminator(leaf)), real)
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
-        contrast = None if self._frozen.contrast is None else self._frozen.contrast(precise(image), leaf)
+        texture = None if self._frozen.texture is None else self._frozen.texture(precise(image), leaf)
         with torch.autocast(image.device.type, enabled=False):
             error = reconstruction_error(precise(image), leaf, config.reconstruction, config.chroma_weight)
             metrics = {"reconstruction": error.detach().mean()}
             if distance is not None:
                 metrics["perceptual"] = distance.detach().mean()
                 error = error + config.perceptual_weight * precise(distance).view(-1, 1, 1, 1)
-            if contrast is not None:
-                metrics["contrast"] = contrast.detach().mean()
-                error = error + config.contrast_weight * contrast.view(-1, 1, 1, 1)
+            if texture is not None:
+                metrics["texture"] = texture.detach().mean()
+                error = error + config.texture_weight * texture.view(-1, 1, 1, 1)
             log_variance = self.likelihood.log_variance
             # VQ: means over elements instead of sums, before the adaptive weight is taken.
             unit = 1.0 if codebook is None else 1.0 / image[0].numel()
@@ -393,16 +398,26 @@ class DiscriminatorPhase(nn.Module):
 
     def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         image, reconstruction = self.pairs.pop(train_step)
+        real, fake = self._logits(image.to(reconstruction), reconstruction)
+        config = self.config
+        with torch.autocast(image.device.type, enabled=False):
+            factor = delayed(config.discriminator_factor, train_step, discriminator_begins(config))
+            loss = factor * discriminator_loss(real, fake, config.discriminator_loss)
+        metrics = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+        if config.discriminator_smoothness > 0:
+            near = [x + SLOPE_STEP * torch.randn(x.shape, generator=generator).to(x) for x in (image, reconstruction)]
+            slope = squared_slope(torch.cat([real, fake]), torch.cat(self._logits(*near)), SLOPE_STEP)
+            loss = loss + factor * config.discriminator_smoothness * slope
+            metrics["squared_slope"] = slope.detach()
+        return loss, metrics
+
+    def _logits(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         if self.discriminator.independent:  # one call, same logits
             both = torch.cat([image.to(reconstruction), reconstruction])
             real, fake = self.discriminator(both.contiguous(memory_format=torch.channels_last)).chunk(2)
         else:  # batch norm: images and reconstructions are normalised apart, as in the official code
             real, fake = self.discriminator(image), self.discriminator(reconstruction)
-        with torch.autocast(image.device.type, enabled=False):
-            real, fake = precise(real), precise(fake)
-            factor = delayed(self.config.discriminator_factor, train_step, discriminator_begins(self.config))
-            loss = factor * discriminator_loss(real, fake, self.config.discriminator_loss)
-        return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+        return precise(real), precise(fake)
 
 
 class _WithGradient(torch.autograd.Function):
