@@ -40,6 +40,10 @@ class ObjectiveConfig(TimeSamplingConfig):
     Denoisers with a learned variance are trained on L_hybrid = L_simple + vlb_weight * L_vlb, in which L_vlb reaches
     the variance alone (Nichol & Dhariwal 2021, eq. 16); with `loss_weighting: vlb` on L_vlb itself.
 
+    alone_rate: of models with several conditions, the share of examples that keep one of them alone, each as often as
+        the others; the encoders' own drop rates decide for the rest. Without it a condition that is mostly seen in
+        company is not learned: of three that are dropped half of the time, each is alone in an eighth.
+
     likelihood_bins: L_vlb at time 0: so many values of a pixel in [-1, 1] (256 in the official code); null: a density,
         which is right for latents.
     """
@@ -48,6 +52,7 @@ class ObjectiveConfig(TimeSamplingConfig):
     loss_weighting: Literal["uniform", "x0", "snr", "min_snr", "edm", "vlb"] = "uniform"
     min_snr_gamma: float = 5.0
     vlb_weight: float = 0.001
+    alone_rate: float = 0.0
     likelihood_bins: int | None = None
 
 

@@ -171,6 +171,25 @@ def test_drop_rate_is_kept() -> None:
         assert abs(dropped.float().mean().item() - rate) < 4 * (rate * (1 - rate) / size) ** 0.5
 
 
+def test_one_condition_alone() -> None:
+    """With three of drop rate 1/2, each is alone in alone_rate / 3 + (1 - alone_rate) / 8 of the examples; one that is
+    never dropped stays beside all, and is none of those that are drawn."""
+    size, rate = 3000, 0.6
+    rates = {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.0}
+    conditioner = Conditioner({name: FlatEncoder(name, 1, drop_rate) for name, drop_rate in rates.items()})
+    values = {name: torch.ones(size) for name in rates}
+    concat = conditioner(values, generator(), alone_rate=rate).concat
+    assert concat is not None
+    kept = concat[:, :, 0, 0] == 1  # null is 0
+    assert bool(kept[:, 3].all())
+    for i in range(3):
+        expected = rate / 3 + (1 - rate) / 8
+        alone = kept[:, i] & (kept[:, :3].sum(1) == 1)
+        assert abs(float(alone.float().mean()) - expected) < 4 * (expected * (1 - expected) / size) ** 0.5
+    in_use = conditioner(values, alone_rate=rate).concat
+    assert in_use is not None and bool((in_use == 1).all())
+
+
 def test_no_generator_no_dropping() -> None:
     conditioner = Conditioner({"class": class_encoder(drop_rate=1.0, slot="label")})
     assert conditioner(batch()).label.tolist() == [0, 1, 2, 0]

@@ -67,14 +67,18 @@ class Conditioner(nn.Module):
         return tuple(dict.fromkeys(field for _, e in self._items() for field in e.fields))
 
     def forward(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None = None, absent: Collection[str] = ()
+        self,
+        batch: Mapping[str, Any],
+        generator: torch.Generator | None = None,
+        absent: Collection[str] = (),
+        alone_rate: float = 0.0,
     ) -> Conditioning:
         """Encode the batch's fields; a field whose value is None is null for the whole batch, and so are the encoders
         whose names are in `absent`.
 
         With a (CPU) generator each encoder drops each example by its drop_rate and augments its values. The draws are
         made for every encoder, also for a rate of 0, so that changing one rate leaves the other encoders' draws as they
-        are.
+        are. A share `alone_rate` of the examples keeps one condition alone, of those that are ever dropped.
         """
         for name, encoder in self._items():
             for field in encoder.fields:
@@ -85,8 +89,11 @@ class Conditioner(nn.Module):
                     )
         parts = []
         size = self._batch_size(batch)
+        alone = None if generator is None else self._alone(size, alone_rate, generator)
         for name, encoder in self._items():
             keep = None if generator is None else torch.rand(size, generator=generator) >= encoder.drop_rate
+            if alone is not None and keep is not None and encoder.drop_rate > 0:
+                keep = torch.tensor([k if one is None else one == name for k, one in zip(keep, alone, strict=True)])
             values = batch_values(batch, encoder.fields)
             if values is None or name in absent:
                 parts.append(encoder.null(size))
@@ -97,6 +104,15 @@ class Conditioner(nn.Module):
             whole = keep is None or encoder.drop_rate == 0
             parts.append(encoder.encode(values) if keep is None or whole else encoder.encode_kept(values, keep))
         return self._merged(parts)
+
+    def _alone(self, size: int, rate: float, generator: torch.Generator) -> list[str | None] | None:
+        """For each example the name of the encoder that it keeps alone, or None; None where there is no choice."""
+        names = [name for name, encoder in self._items() if encoder.drop_rate > 0]
+        if rate == 0 or len(names) < 2:
+            return None
+        chosen = torch.rand(size, generator=generator) < rate
+        which = torch.randint(len(names), (size,), generator=generator)
+        return [names[i] if is_chosen else None for i, is_chosen in zip(which.tolist(), chosen.tolist(), strict=True)]
 
     def set_vocabulary(self, path: str | Path, family: str = "clip") -> None:
         """Give the text towers of a family ("clip", which OpenCLIP shares; "t5"; "bert") their vocabulary, from a

@@ -58,7 +58,7 @@ class DenoiserPhase(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator, train_step: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.denoiser.parameters()).device
         x0 = batch_latent(batch, self._frozen[0], generator, device)
-        conditioning = self.conditioner(batch, generator).to(device)
+        conditioning = self.conditioner(batch, generator, alone_rate=self.objective.alone_rate).to(device)
         places = x0.shape[2] * x0.shape[3]
         time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator, places)
         level = self.denoiser.schedule.level(time)
