@@ -431,7 +431,7 @@ def test_damaged_and_other_files(tmp_path: Path, refused: Callable[..., str]) ->
     assert "not a checkpoint" in refused("convert", tmp_path / "text.ckpt", tmp_path / "out")
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    assert "without a first stage" in refused("convert", tmp_path / "unet", tmp_path / "out")
+    assert "holds no weights" in refused("convert", tmp_path / "unet", tmp_path / "out")
     save(own_first_stage(), tmp_path / "ours")
     assert "a folder; leave .ckpt out" in refused("convert", tmp_path / "ours", tmp_path / "x.ckpt", "--to", "darkroom")
     assert not (tmp_path / "out").exists()
