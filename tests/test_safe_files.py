@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -17,8 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import full_disk, one_line
 
+from darkroom import safe_json
 from darkroom.errors import DarkroomError
-from darkroom.interop.tensor_file import open_tensor_file
+from darkroom.interop.compvis_model import _noted
+from darkroom.interop.darkroom_model import _notes
+from darkroom.interop.found_model import MODEL_NOTE
+from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.safe_files import (
     iter_safetensors,
     new_folder,
@@ -28,6 +33,7 @@ from darkroom.safe_files import (
     write_file,
     write_safetensors,
 )
+from darkroom.safe_json import MAX_VALUES, parse_json
 from darkroom.safe_pickle import iter_stored, read_checkpoint, read_structure, stored_table
 
 
@@ -99,6 +105,7 @@ def entry(dtype: str, shape: list[Any], start: int, end: int) -> dict[str, Any]:
         ({"a": entry("F32", [2**40], 0, 2**42)}, b"\0" * 8),  # promises terabytes
         ({"a": entry("F32", [2], 0, 4)}, b"\0" * 4),  # shape and bytes disagree
         ({"a": entry("F32", [-2], 0, 8)}, b"\0" * 8),
+        ({"a": entry("F32", [1] * 9, 0, 4)}, b"\0" * 4),  # more dimensions than any layer has
         ({"a": entry("F32", [True], 0, 4)}, b"\0" * 4),
         ({"a": entry("F32", [1.0], 0, 4)}, b"\0" * 4),
         ({"a": entry("F99", [1], 0, 4)}, b"\0" * 4),
@@ -118,6 +125,28 @@ def test_hostile_headers(tmp_path: Path, header: Any, data: bytes) -> None:
     with pytest.raises(DarkroomError) as error:
         read_safetensors(path)
     one_line(error)
+
+
+@pytest.mark.parametrize("end", [b"", b"\\"])
+def test_a_string_without_end_takes_one_pass(end: bytes) -> None:
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="Unterminated"):
+        parse_json(b'"' + b'\\"' * 40_000 + end)
+    assert time.process_time() - begin < 1  # quadratic: 46 s
+
+
+def test_notes_of_kept_tensors_are_bounded(tmp_path: Path) -> None:
+    note = json.dumps({str(i): "kept" for i in range(MAX_VALUES + 2)})
+    with pytest.raises(DarkroomError, match="its tables of names cannot be read"):
+        _notes(TensorFile(tmp_path / "kept.safetensors", {}, {}, {"what": note}, None))
+
+
+def test_notes_about_a_model_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safe_json, "MAX_VALUES", 3)
+    file = TensorFile(tmp_path / "m.safetensors", {}, {}, {MODEL_NOTE: '{"configs": [1, 2, 3, 4]}'}, None)
+    with pytest.raises(DarkroomError, match="its note about the model cannot be read") as error:
+        _noted(file, "", None)
+    assert isinstance(error.value.__context__, ValueError) and "too many values" in str(error.value.__context__)
 
 
 def test_header_length_is_checked_before_memory_is_taken(tmp_path: Path) -> None:
@@ -226,6 +255,9 @@ def test_the_hand_written_tensor_program_is_valid(tmp_path: Path) -> None:
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
         b"\x80\x02ccollections\nOrderedDict\n}}b.",  # state for a name
         b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.",  # a dictionary key whose hash overflows the C stack
+        b"\x80\x02}\x8a\x09" + b"\1" * 9 + b"K\x01s.",  # a dictionary key of nine bytes
+        b"\x80\x04)" + b"\x85" * 5_000 + b"\x8c\x01a\x93.",  # a name that is a nest of tuples
+        b"\x80\x04\x8c\x01a)" + b"\x85" * 5_000 + b"\x93.",
         b"\x80\x02r\xff\xff\xff\x7f.",  # memo of two billion entries, empty stack
         b"\x80\x02K\x01r\xff\xff\xff\x7f",  # no end
         b"\x80\x02B\xff\xff\xff\x7fabc.",  # two gigabytes promised

@@ -84,12 +84,15 @@ def run_pickle(
         "_codecs.encode": encode,
     }
 
-    references: dict[tuple[Any, Any], Global] = {}
+    references: dict[tuple[str, str], Global] = {}
 
     def refer(module: Any, name: Any) -> Global:
+        # Before anything is done with them: the hash of a nest of a million tuples overflows the C stack.
+        if not (type(module) is str and type(name) is str):
+            raise damaged("a reference whose name is not a text")
         if (module, name) in references:
             return references[module, name]
-        reference = Global(str(module), str(name))
+        reference = Global(module, name)
         known = str(reference) in callables or str(reference) in _BOOKKEEPING
         if known or (module == "torch" and name in storages):
             return references.setdefault((module, name), reference)
@@ -127,6 +130,9 @@ def run_pickle(
             # Only keys whose hash is computed without recursion: a nest of a million tuples would overflow the C stack.
             if not isinstance(key, str | int | float | bytes | None):
                 raise damaged("a dictionary key that is not a name or a number")
+            # Python prints no numbers of thousands of digits, and many that differ by 2**61 - 1 have one hash.
+            if isinstance(key, int) and not -(2**63) <= key < 2**63:
+                raise damaged("a dictionary key that is too large a number")
             target[key] = value
 
     try:
@@ -215,7 +221,7 @@ def run_pickle(
                         raise damaged("state for something that is not a dictionary")
                 case other:
                     raise damaged(f"opcode {other}")
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, RecursionError) as error:
         raise damaged(error) from None
     raise damaged("it has no end")
 

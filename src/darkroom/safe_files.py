@@ -53,6 +53,9 @@ _DTYPE_NAMES = {torch_name: name for name, (_, torch_name) in _DTYPES.items()}
 TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}  # "BF16": "bfloat16"
 
 
+MAX_DIMENSIONS = 8  # no layer has more; the product of many large sizes takes time quadratic in their number
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
@@ -167,6 +170,8 @@ def _parse_header(path: Path, file: io.BufferedReader, size: int) -> Safetensors
             raise bad(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
         if not (natural_numbers(shape) and natural_numbers(offsets) and len(offsets) == 2):
             raise bad(f"tensor {name!r} has a shape or offsets that are not natural numbers")
+        if len(shape) > MAX_DIMENSIONS:
+            raise bad(f"tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
         if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[entry["dtype"]][0]:
             raise bad(f"tensor {name!r} of shape {shape} does not fit its {offsets[1] - offsets[0]} bytes")
         tensors[name] = TensorEntry(entry["dtype"], tuple(shape), 8 + length + offsets[0], 8 + length + offsets[1])

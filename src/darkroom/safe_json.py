@@ -13,7 +13,8 @@ from typing import Any
 # Headers of the largest checkpoints have a few hundred kilobytes; a model's config with three vocabularies has 10 MB.
 MAX_BYTES = 32 * 2**20
 MAX_VALUES = 1_000_000
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Matches wherever it begins, in one pass: a string that never closes would else be tried again from each of its quotes.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def parse_json(data: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from darkroom.errors import DarkroomError
 from darkroom.pickle_program import MAX_PICKLE_BYTES, Global, run_pickle
-from darkroom.safe_files import as_dtype, natural_numbers, open_for_reading, read_bytes
+from darkroom.safe_files import MAX_DIMENSIONS, as_dtype, natural_numbers, open_for_reading, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,7 +237,7 @@ class _TorchZip:
             and key in self.sizes
             and isinstance(shape, tuple)
             and isinstance(stride, tuple)
-            and len(shape) == len(stride) <= 8
+            and len(shape) == len(stride) <= MAX_DIMENSIONS
             and natural_numbers([offset, *shape, *stride])
         ):
             raise DarkroomError(f"{self.path} is damaged: a tensor has no valid shape")

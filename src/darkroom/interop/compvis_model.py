@@ -9,7 +9,6 @@ and beside them tables of the schedule, buffers, losses. DiT's official file is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from darkroom.interop.first_stage_files import EXPORTED_BY, SCALE, Glance, as_nu
 from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, some
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.interop.tensor_source import FileSource, Shape, Table, same
+from darkroom.safe_json import parse_json
 
 NETWORK, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 AVERAGED_NETWORK = f"{AVERAGED}diffusion_model"
@@ -144,7 +144,7 @@ def describe(file: TensorFile) -> dict[str, Any] | None:
 def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundModel:
     """A file that we wrote: what it is stands beside the tensors."""
     try:
-        note = json.loads(file.notes[MODEL_NOTE])
+        note = parse_json(file.notes[MODEL_NOTE].encode())
         configs, family = dict(note["configs"]), str(note["family"])
         encoders, latents = dict(configs["conditioner"]["encoders"]), note["latents"]
         info = {"name": file.path.stem, **note["info"]} | ({} if family == OWN else {"family": family})

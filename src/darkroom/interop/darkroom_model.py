@@ -20,6 +20,7 @@ from darkroom.interop.found_model import KEPT_FILE, LATENTS, FoundModel
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.interop.tensor_source import FileSource, Place, Shape, Table, groups, same
 from darkroom.safe_files import read_json, sha256_of, stream_safetensors, write_safetensors
+from darkroom.safe_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ def find_darkroom(path: Path, places: Mapping[str, Path], info: Mapping[str, Any
 def _notes(file: TensorFile) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """What the kept tensors are; official names with another's tensor; our names with unusual official ones."""
     try:
-        tables = [json.loads(file.notes.get(key, "{}")) for key in ("what", "aliases", "renamed")]
+        tables = [parse_json(file.notes.get(key, "{}").encode()) for key in ("what", "aliases", "renamed")]
     except ValueError:
         tables = [None]
     if not all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables):
