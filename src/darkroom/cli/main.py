@@ -28,7 +28,7 @@ COMMANDS = {
     "study": ("darkroom.cli.study", "study", "Train and compare many models under one protocol."),
     "data": ("darkroom.cli.data", "data", "Look at a data set, or build the procedural one."),
     "reconstruct": ("darkroom.cli.reconstruct", "reconstruct", "Push an image through a first stage and back."),
-    "convert": ("darkroom.cli.convert", "convert", "Write a first stage in another library's layout, or read one."),
+    "convert": ("darkroom.cli.convert", "convert", "Write a model in another library's layout, or read one."),
     "measure": ("darkroom.cli.measure", "measure", "Measure a first stage's latents again, from a cache."),
     "info": ("darkroom.cli.info", "info", "Tell what a model, a weight file or an image holds."),
     "doctor": ("darkroom.cli.doctor", "doctor", "Check this machine and this installation."),
