@@ -33,7 +33,8 @@ def fetch(source: str) -> Path:
         hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError:
         raise DarkroomError(f"{source} needs the hub's package: pip install 'darkroom-ldm[hub]'") from None
-    hub.utils.logging.set_verbosity_error()  # its retries without a network fill a page before our one line
+    # Its retries without a network would fill a page before our one line.
+    import_module("huggingface_hub.utils.logging").set_verbosity_error()
     # Most special first: some of these are also of the others.
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
