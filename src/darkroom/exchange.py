@@ -29,7 +29,7 @@ from darkroom.interop.first_stage_rest import count_rest, rest_of, write_rest
 from darkroom.interop.found_model import with_facts
 from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_folder import WEIGHTS, find_source, is_model_folder, read_index
+from darkroom.model_folder import CONVERTED_FROM, WEIGHTS, find_source, is_model_folder, read_index
 from darkroom.model_io import build_found, latent_numbers, refuse_official, save, set_latents
 from darkroom.safe_files import new_file, new_folder
 from darkroom.whole_models import ModelConversion, find_whole, found_in_memory, write_whole
@@ -185,7 +185,7 @@ def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> int:
     first_stage = build_found(wanted, weights)
     set_latents(first_stage, wanted.shift, wanted.scale)
     precision = next(iter(wanted.dtypes)) if len(wanted.dtypes) == 1 else "float32"
-    info = {"converted_from": f"{wanted.path.name} ({wanted.layout})"}
+    info = {CONVERTED_FROM: f"{wanted.path.name} ({wanted.layout})"}
     save(first_stage, place, info=info, dtype=precision, verify=verify)
     return counted[0]
 
@@ -196,6 +196,10 @@ def _destination(place: str | Path, format: str) -> Path:
     if format == "compvis" and not is_file_name:
         raise DarkroomError(
             f"cannot save to {path}: the official layout is one file; name it {path.name}.safetensors or .ckpt"
+        )
+    if format == "darkroom" and is_model_folder(path) and CONVERTED_FROM not in read_index(path).info:
+        raise DarkroomError(
+            f"{path} holds a model that was not converted, such as a trained one, and is kept: give another name"
         )
     if format != "compvis" and is_file_name:
         raise DarkroomError(f"cannot save to {path}: the {format} layout is a folder; leave {path.suffix} out")

@@ -19,6 +19,7 @@ from darkroom.errors import DarkroomError
 from darkroom.hub import HUB, fetch
 from darkroom.safe_files import SafetensorsHeader, read_json, read_numbers, read_safetensors_header, sha256_of
 
+CONVERTED_FROM = "converted_from"  # in a model's info: `convert` made it, and may make it again
 FORMAT_VERSION = 1
 INDEX = "darkroom.json"
 CONFIG = "config.json"

@@ -20,7 +20,7 @@ from darkroom.interop.first_stage_files import as_number, is_former_export, same
 from darkroom.interop.found_model import LATENTS, OWN, PARTS, FoundModel, find_model
 from darkroom.interop.tensor_source import MemorySource, Shape, Table, groups, same, taken
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_folder import INDEX, find_source, index_text, is_model_folder, read_index
+from darkroom.model_folder import CONVERTED_FROM, INDEX, find_source, index_text, is_model_folder, read_index
 from darkroom.safe_files import new_file, new_folder
 
 Shapes = Mapping[str, Mapping[str, Shape]]
@@ -134,7 +134,7 @@ def _write_folder(
     files = write_parts(folder, found, configs, shapes, weights)
     files |= write_kept(folder, found)
     info = {k: v for k, v in found.info.items() if k not in ("path", "sha256", "weights")}
-    info = {"name": destination.name} | info | {"converted_from": f"{found.path.name} ({found.layout})"}
+    info = {"name": destination.name} | info | {CONVERTED_FROM: f"{found.path.name} ({found.layout})"}
     places = {part: part for part in parts}
     with open(folder / INDEX, "x", encoding="utf-8") as file:
         file.write(index_text("latent_diffusion", info, places, files))

@@ -10,18 +10,20 @@ import pytest
 import torch
 from official_files import golden, write_checkpoint
 from parity_data import Case, case_names, load_case, make_input
+from tiny_models import tiny_model
 from torch import Tensor
 
 from darkroom.build import build_denoiser
 from darkroom.conditioning.types import Conditioning
 from darkroom.diffusion.grids import make_grid
+from darkroom.errors import DarkroomError
 from darkroom.exchange import convert, export
 from darkroom.guidance import Guided
 from darkroom.interop.first_stage_files import same_bits
 from darkroom.interop.found_model import FoundModel, find_model
 from darkroom.interop.tensor_file import open_tensor_file
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_io import load
+from darkroom.model_io import load, save
 from darkroom.solvers import ddim, plms
 from darkroom.whole_models import ModelConversion
 
@@ -226,3 +228,15 @@ def test_every_tensor_comes_back_through_diffusers(name: str, folder: Path, tmp_
     assert there.tensors == len(state)
     converted(tmp_path / "theirs", tmp_path / "back.safetensors")
     assert is_equal(tmp_path / "back.safetensors", state)
+
+
+def test_a_trained_model_is_not_converted_over(tmp_path: Path) -> None:
+    """What `convert` made it may make again; a model that was trained or saved is somebody's work."""
+    save(tiny_model(), tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "converted")
+    convert(tmp_path / "own", tmp_path / "converted")
+    before = {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
+    for only_first_stage in (False, True):
+        with pytest.raises(DarkroomError, match=r"own holds a model that was not converted.*give another name"):
+            convert(tmp_path / "converted", tmp_path / "own", first_stage=only_first_stage)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
