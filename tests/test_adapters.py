@@ -19,6 +19,8 @@ from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
 from darkroom.interop.diffusers_transformers import sd3_from_diffusers, sd3_to_diffusers
 from darkroom.interop.diffusers_unet import key_table, to_diffusers, to_diffusers_config
+from darkroom.interop.learned_words import read_learned_word
+from darkroom.interop.lora import is_lora, read_lora
 from darkroom.interop.text_towers import clip_from_open_clip, open_clip_from_clip
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
@@ -326,13 +328,29 @@ def test_bad_requests(model: LatentDiffusion, tmp_path: Path, given: Any, words:
         apply_adapters(model, [given])
 
 
+def test_a_learned_word_may_be_called_like_a_lora(tmp_path: Path) -> None:
+    for i, word in enumerate(("<flora>", "my_lora", "lora", "lora_style")):
+        file = tmp_path / f"{i}.safetensors"
+        write_safetensors(file, {word: torch.ones(2, 32)})
+        assert not is_lora(file) and read_learned_word(file).word == word
+
+
+def test_patterns_of_alphas_are_refused(tmp_path: Path) -> None:
+    spelled(tmp_path / "adapter_model.safetensors", low_rank({"a": (2, 2)}), "base_model.model.", PEFT)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "alpha_pattern": {"blocks.*.to_q": 4}}))
+    with pytest.raises(DarkroomError, match=r"blocks\.\*\.to_q.*write them out") as error:
+        read_lora(tmp_path)
+    assert str(tmp_path) in one_line(error)
+
+
 def test_folders_of_other_things_hold_no_adapter(model: LatentDiffusion, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"use_dora": true, "r": 2}')
     with pytest.raises(DarkroomError, match="is not a file of a learned embedding"):
         apply_adapters(model, [tmp_path])
     spelled(tmp_path / "adapter_model.safetensors", low_rank({"a": (2, 2)}), "base_model.model.", PEFT)
-    with pytest.raises(DarkroomError, match="DoRA"):
+    with pytest.raises(DarkroomError, match="DoRA") as error:
         apply_adapters(model, [tmp_path])
+    assert str(tmp_path) in one_line(error)
 
 
 def test_loaded_with_adapters_and_saved_with_the_change(model: LatentDiffusion, tmp_path: Path) -> None:

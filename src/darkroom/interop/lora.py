@@ -42,6 +42,8 @@ _ENDINGS = (
     ("alpha", r"\.alpha"),
 )
 _ENDING = re.compile("|".join(f"(?P<{kind}>{pattern})$" for kind, pattern in _ENDINGS))
+# kohya's prefix, or what all others put behind a layer's name. A learned word may be called "<flora>".
+_MARK = re.compile(r"^lora_\w+\.|[._]lora\.(?:down|up)\.|\.(?:lora|hada|lokr)_|\.dora_scale$")
 _OTHERS = (
     ("dora_scale", "DoRA"),
     ("lora_magnitude_vector", "DoRA"),
@@ -54,6 +56,8 @@ _OTHERS = (
     ("lora_up.bias", "biases"),
     ("lora_embedding_", "changes of token tables"),
 )
+
+_PLAIN = re.compile(r"\w[\w.-]*")  # a name of a layer, or the end of one
 
 
 @dataclass
@@ -75,7 +79,7 @@ def is_lora(path: Path) -> bool:
     """Whether a file or a folder (of peft, of diffusers) holds a LoRA, by its names."""
     if path.is_dir():
         return _weights_in(path) is not None
-    return any(re.search(r"lora|\.hada_|\.lokr_|\.dora_scale", name) for name in open_tensor_file(path).shapes)
+    return any(_MARK.search(name) for name in open_tensor_file(path).shapes)
 
 
 def _weights_in(folder: Path) -> Path | None:
@@ -94,7 +98,7 @@ def read_lora(path: Path) -> LoraFile:
         config = _stated_config(path, file)
         for change in changes.values():
             if "alpha" not in change.names:
-                change.scale = _stated_scale(change.layer, file.shapes[change.names["down"]][0], config)
+                change.scale = _stated_scale(path, change.layer, file.shapes[change.names["down"]][0], config)
     return LoraFile(file, list(changes.values()))
 
 
@@ -145,17 +149,22 @@ def _stated_config(path: Path, file: TensorFile) -> dict[str, Any]:
     return parts
 
 
-def _stated_scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:
+def _stated_scale(path: Path, layer: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r (or alpha / sqrt(r), Kalajdzievski 2023) of peft's config; 1 where nothing is said."""
     part, _, rest = layer.partition(".")
     stated = config.get(part) or config.get("")
     if not stated or rank < 1:
         return 1.0
     if stated.get("use_dora"):
-        raise DarkroomError("a DoRA, which this version cannot apply")
+        raise DarkroomError(f"{path} is a DoRA, which this version cannot apply; give a plain LoRA")
     alpha = stated.get("lora_alpha", rank)
     for pattern, value in (stated.get("alpha_pattern") or {}).items():
-        wanted = pattern.removeprefix("^")
+        wanted = pattern.removeprefix("^").removesuffix("$")
+        if not _PLAIN.fullmatch(wanted):
+            raise DarkroomError(
+                f'{path}: its config gives an alpha to the pattern "{pattern}"; this version reads names of layers '
+                "there, write them out"
+            )
         if rest == wanted or layer == wanted or layer.endswith(f".{wanted}"):
             alpha = value
     return float(alpha) / (rank**0.5 if stated.get("use_rslora") else rank)
