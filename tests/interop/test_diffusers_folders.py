@@ -209,6 +209,11 @@ def broken(folder: Path, file: str, **changes: Any) -> None:
         ("scheduler/scheduler_config.json", {"_class_name": "OtherScheduler"}, "OtherScheduler"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "sigmoid"),
         ("text_encoder/config.json", {"num_hidden_layers": 2}, "no known part"),
+        ("text_encoder/config.json", {"num_hidden_layers": 30_000}, "too few for the 30,000 layers"),
+        ("unet/config.json", {"layers_per_block": 30_000}, "too few for the 60,000 layers"),
+        ("unet/config.json", {"layers_per_block": 99, "transformer_layers_per_block": [1, 99]}, "too few for"),
+        ("unet/config.json", {"block_out_channels": [32] * 33}, "33 levels"),
+        ("vae/config.json", {"layers_per_block": 30_000}, "too few for"),
         ("model_index.json", {"unet": [None, None]}, "without a denoiser"),
         ("model_index.json", {"_class_name": ["pipeline", "Other"]}, "a pipeline of its own"),
     ],
@@ -232,6 +237,25 @@ def test_a_damaged_note_is_one_line(theirs: Path, tmp_path: Path) -> None:
     broken(tmp_path / "folder", "darkroom/note.json", latents=[0.0, 1.0], kept={"betas": "tables"})
     with pytest.raises(DarkroomError, match=r"lacks 1 tensors that its note names \(betas\)"):
         find_model(tmp_path / "folder")
+
+
+def test_a_note_of_more_layers_than_tensors_is_one_line(theirs: Path, tmp_path: Path) -> None:
+    convert(theirs / "ldm", tmp_path / "folder", to="diffusers")
+    note = tmp_path / "folder" / "darkroom" / "note.json"
+    configs = json.loads(note.read_text())["configs"]
+    configs["denoiser"]["network"]["num_res_blocks"] = 8000
+    broken(tmp_path / "folder", "darkroom/note.json", configs=configs)
+    with pytest.raises(DarkroomError, match=r"tensors, too few for .*note\.json"):
+        find_model(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["dit/transformer", "sd3/transformer", "ldm/unet"])
+def test_a_network_of_more_layers_than_tensors_is_one_line(name: str, theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs / name, tmp_path / "broken")
+    key = "layers_per_block" if name.endswith("unet") else "num_layers"
+    broken(tmp_path / "broken", "config.json", **{key: 30_000})
+    with pytest.raises(DarkroomError, match="too few for the"):
+        find_model(tmp_path / "broken")
 
 
 def test_shards_stay_in_their_folder(theirs: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from darkroom.interop.diffusers_configs import (
 from darkroom.interop.diffusers_pipelines import OWN_PIPELINE, Pipeline
 from darkroom.interop.first_stage_files import CONFIG, PIPELINE, expected_shapes, plain_config
 from darkroom.interop.found_model import OWN, FoundModel, some
+from darkroom.interop.stated_depths import check_depths
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.interop.tensor_source import FileSource, JoinedSource, MemorySource, Place, Shape, Table, same
 from darkroom.interop.text_towers import BESIDE
@@ -42,6 +43,8 @@ NOTES = "darkroom"  # the folder of what only we read
 NOTE_FILE, REST_FILE = f"{NOTES}/note.json", f"{NOTES}/rest.safetensors"
 LIVE = "live/"  # in front of names of weights as the last step of training left them
 LIVE_VARIANT = "non_ema"  # diffusers' word for them
+# Components whose configs state numbers of layers.
+WITH_LAYERS = ("unet", "transformer", "bert", *(f"text_encoder{n}" for n in ("", "_2", "_3")), *autoencoders.SUBFOLDERS)
 # Components that are no part of a latent diffusion model: a filter behind it, estimators of conditions.
 BESIDE_MODEL = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 
@@ -55,7 +58,7 @@ def find_diffusers(path: Path) -> FoundModel | None:
     name = index.get("_class_name")
     pipeline = str(name[-1] if isinstance(name, list) and name else name)
     if (path / NOTE_FILE).is_file():
-        return _noted(path, pipeline)
+        return _noted(path, pipeline, component_names(index))
     if pipeline == OWN_PIPELINE or isinstance(name, list):
         raise DarkroomError(f"{path} has a pipeline of its own ({pipeline}) and no {NOTE_FILE}, which says what it is")
     return _foreign(path, pipeline, index)
@@ -108,6 +111,11 @@ def component_names(index: Mapping[str, Any]) -> list[str]:
 
 def _foreign(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
     names = component_names(index)
+    for name in names:
+        place = path / name / CONFIG
+        if name in WITH_LAYERS and place.is_file():
+            tensors = sum(len(file.shapes) for _, file in _open(path, name))
+            check_depths(read_json(place, "config"), tensors, path / name, place)
     read = read_configs(path, pipeline, names)
     files = [pair for folder in read.folders for pair in _open(path, folder)]
     source = FileSource(files)
@@ -227,12 +235,13 @@ def _bare(path: Path) -> FoundModel | None:
     config = read_json(path / CONFIG, "config") if (path / CONFIG).is_file() else {}
     if config.get("_class_name") not in NETWORK_CLASSES:
         return None
-    configs = bare_configs(path / CONFIG)
-    files = component_files(path)
+    files = [open_tensor_file(place) for place in component_files(path)]
     if not files:
         raise DarkroomError(f"{path} holds no weights; {MODEL}.safetensors is needed")
+    check_depths(config, sum(len(file.shapes) for file in files), path, path / CONFIG)
+    configs = bare_configs(path / CONFIG)
     component = network_component(network_config(configs["denoiser"]), {}, None)
-    source = FileSource([(f"{component.folder}/", open_tensor_file(place)) for place in files])
+    source = FileSource([(f"{component.folder}/", file) for file in files])
     table = dict(_as_stored(component, source.shapes))
     made = made_tensors(configs)
     table |= {name.removeprefix(f"{MADE}denoiser/"): same(name) for name in made}
@@ -255,10 +264,14 @@ def _bare(path: Path) -> FoundModel | None:
 # -------------------------------------------------------------------------------------------------------------- ours
 
 
-def _noted(path: Path, pipeline: str) -> FoundModel:
+def _noted(path: Path, pipeline: str, names: list[str]) -> FoundModel:
     """A folder that we wrote: the note says what it is; what the components have no place for is in a file beside."""
+    rest = [open_tensor_file(path / REST_FILE)] if (path / REST_FILE).is_file() else []
+    inside = [name for name in names if name not in BESIDE_MODEL and PurePosixPath(name).name == name]
+    stored = [open_tensor_file(place) for name in inside for place in component_files(path / name)]
+    note = read_json(path / NOTE_FILE, "note about the model")
+    check_depths(note.get("configs"), sum(len(file.shapes) for file in (*stored, *rest)), path, path / NOTE_FILE)
     try:
-        note = read_json(path / NOTE_FILE, "note about the model")
         configs, latents = dict(note["configs"]), (note["latents"][0], note["latents"][1])
         family, kept, info = str(note["family"]), dict(note["kept"]), dict(note["info"])
         aliases, renamed, name = dict(note["aliases"]), dict(note["renamed"]), str(note["autoencoder"])
@@ -269,8 +282,7 @@ def _noted(path: Path, pipeline: str) -> FoundModel:
         raise DarkroomError(f"{path / NOTE_FILE} is damaged: what it says about the model cannot be read") from None
     folders = [component.folder for component in found]
     files = [pair for folder in folders for pair in _open(path, folder)]
-    rest = [("", open_tensor_file(path / REST_FILE))] if (path / REST_FILE).is_file() else []
-    source = FileSource([*files, *rest])
+    source = FileSource([*files, *(("", file) for file in rest)])
     tables: dict[str, dict[str, Place]] = {"first_stage": {}, "denoiser": {}, "conditioner": {}}
     for component in found:
         tables[component.part] |= _as_stored(component, source.shapes)

@@ -21,6 +21,7 @@ from darkroom.errors import DarkroomError
 from darkroom.interop import compvis_first_stage as compvis
 from darkroom.interop import diffusers_first_stage as diffusers
 from darkroom.interop.diffusers_first_stage import Number
+from darkroom.interop.stated_depths import check_depths
 from darkroom.interop.tensor_file import SAFETENSORS, TensorFile, is_weight_file, open_tensor_file
 from darkroom.safe_files import read_json, write_safetensors
 
@@ -179,8 +180,7 @@ def _with_config(path: Path, folder: Path, weights: Path | None, inside: str | N
             raise DarkroomError(f"{folder} holds no weights; {' or '.join(diffusers.WEIGHT_FILES[::2])} is needed")
     file = open_tensor_file(weights)
     levels = len(config["channel_mult"])
-    if levels * config["num_res_blocks"] > len(file.shapes):  # before so many layers are made
-        raise DarkroomError(f"{weights} holds {len(file.shapes)} tensors, too few for {where}")
+    check_depths(config, len(file.shapes), weights, where)
     shapes = expected_shapes(config, folder / CONFIG)
     ours = _our_names(file.shapes, levels)
     names = {new: ours.get(new) or diffusers.to_theirs(new, levels) for new in shapes}
@@ -206,6 +206,7 @@ def in_darkroom_folder(path: Path, part: Path, weights: str, inside: str | None)
     `weights`."""
     config = plain_config(read_json(part / CONFIG, "config"), str(path))
     file = open_tensor_file(part / weights)
+    check_depths(config, len(file.shapes), file.path, part / CONFIG)
     shapes = expected_shapes(config, part / CONFIG)
     names = {name: f"autoencoder.{name}" for name in shapes}
     latents = ("shift", "scale")
