@@ -1,6 +1,6 @@
 """Models in the layouts of other libraries: `export` writes them, `convert` turns files into one another and checks.
 
-First stages so far. A file is read again after it was written, and must give back every tensor of its source.
+Whole models and first stages. A file is read again after it was written, and must give back every tensor of its source.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def export(
     shift: Number | None = None,
     scale: Number | None = None,
 ) -> Path:
-    """Write a first stage for other libraries: "diffusers" (a folder) or "compvis" (one file, as the official code's).
+    """Write a model or a first stage for other libraries: "diffusers" (a folder) or "compvis" (one file, as the official code's).
 
     place: a folder, or the name of a .safetensors or .ckpt file. An earlier export is replaced, anything else is kept.
     shift, scale: instead of the first stage's own, where the other library has no place for those.

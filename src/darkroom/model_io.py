@@ -348,7 +348,7 @@ def save(
         if card is not None:
             _write_text(temporary / "README.md", card)
         _write_text(temporary / INDEX, index_text(kind, kept, places, files))
-        _keep_other_files(destination, temporary, replaced={INDEX, "README.md", "official", *_BUILD})
+        keep_other_files(destination, temporary, replaced={INDEX, "README.md", "official", *_BUILD})
         if verify is not None:
             verify(temporary)
     return destination
@@ -417,7 +417,7 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _keep_other_files(old: Path, new: Path, replaced: set[str]) -> None:
+def keep_other_files(old: Path, new: Path, replaced: set[str]) -> None:
     """Replacing a model must not delete notes or pictures that someone put beside it."""
     if not old.is_dir():
         return

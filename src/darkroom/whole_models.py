@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from darkroom.adapters import saved_info
 from darkroom.assemble import checked_parts, hollow_parts, latent_numbers, shapes_of
 from darkroom.errors import DarkroomError
 from darkroom.interop import diffusers_write
-from darkroom.interop.compvis_write import refuse_inexpressible, write_compvis_model
+from darkroom.interop.compvis_write import keeps_averages, refuse_inexpressible, write_compvis_model
 from darkroom.interop.darkroom_model import Kept, find_darkroom, write_kept, write_parts
 from darkroom.interop.first_stage_files import as_number, is_former_export, same_bits
 from darkroom.interop.found_model import LATENTS, OWN, PARTS, FoundModel, find_model
 from darkroom.interop.tensor_source import MemorySource, Shape, Table, groups, same, taken
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_folder import CONVERTED_FROM, INDEX, find_source, index_text, is_model_folder, read_index
-from darkroom.safe_files import new_file, new_folder
+from darkroom.model_folder import CONFIG, CONVERTED_FROM, INDEX, find_source, index_text, is_model_folder, read_index
+from darkroom.model_io import keep_other_files
+from darkroom.safe_files import new_file, new_folder, sha256_of
 
 Shapes = Mapping[str, Mapping[str, Shape]]
 
@@ -29,7 +31,8 @@ Shapes = Mapping[str, Mapping[str, Shape]]
 @dataclass(frozen=True)
 class ModelConversion:
     """What a conversion of a whole model did. `tensors`: so many came back from what was written, bit for bit; `kept`:
-    among them those that only the source's layout has; `weights`: "all", "ema" or "live"."""
+    among them those that only the source's layout has; `weights`: "all", "ema" or "live"; `left_out`: parts of the
+    source, and kinds of their weights, that the layout has no place for."""
 
     source: FoundModel
     destination: Path
@@ -37,6 +40,7 @@ class ModelConversion:
     weights: str
     tensors: int
     kept: int
+    left_out: tuple[str, ...] = ()
 
 
 def find_whole(source: str | Path) -> FoundModel | None:
@@ -90,6 +94,14 @@ def write_whole(found: FoundModel, destination: Path, to: str, weights: str = "a
     its place. weights: "all" that the source has, or one of "ema" and "live"."""
     if weights == "live" and not found.averaged:
         weights = "all"  # there are no others
+    left_out: list[str] = []
+    if to == "compvis" and weights == "all" and found.averaged:
+        if not keeps_averages(found, weights):
+            weights = "ema"
+            left_out.append("weights as training left them")
+        left_out += [f"{p}'s weights as training left them" for p in found.averaged if p != "denoiser"] * (
+            weights == "all"
+        )
     if found.latents is not None:
         for name, value in zip(LATENTS, found.latents, strict=True):
             latent_numbers(name, value, found.configs["first_stage"]["embed_dim"])
@@ -117,7 +129,21 @@ def write_whole(found: FoundModel, destination: Path, to: str, weights: str = "a
         else:
             written = _write_folder(temporary, found, parts, weights, destination)
         tensors, kept = count_same(written, found, weights)
-    return ModelConversion(found, destination, to, weights, tensors, kept)
+    left_out += [_name(part) for part, table in found.tables.items() if table and not written.tables.get(part)]
+    if _preview_of(found) is not None and not (destination / "preview" / CONFIG).is_file():
+        left_out.append(_name("preview"))
+    return ModelConversion(found, destination, to, weights, tensors, kept, tuple(left_out))
+
+
+def _name(part: str) -> str:
+    return {"preview": "preview decoder"}.get(part, part.replace("_", " "))
+
+
+def _preview_of(found: FoundModel) -> Path | None:
+    """The folder of the source's preview decoder."""
+    if found.layout != "darkroom" or not is_model_folder(found.path):
+        return None
+    return read_index(found.path).parts.get("preview")
 
 
 def _again(place: Path) -> FoundModel:
@@ -136,8 +162,14 @@ def _write_folder(
     info = {k: v for k, v in found.info.items() if k not in ("path", "sha256", "weights")}
     info = {"name": destination.name} | info | {CONVERTED_FROM: f"{found.path.name} ({found.layout})"}
     places = {part: part for part in parts}
+    # It shows the latents of the averaged first stage.
+    if (preview := _preview_of(found)) is not None and not (weights == "live" and "first_stage" in found.averaged):
+        shutil.copytree(preview, folder / "preview")
+        files |= {f"preview/{file.name}": sha256_of(file) for file in sorted((folder / "preview").iterdir())}
+        places["preview"] = "preview"
     with open(folder / INDEX, "x", encoding="utf-8") as file:
         file.write(index_text("latent_diffusion", info, places, files))
+    keep_other_files(destination, folder, replaced={INDEX, "official", "preview", *PARTS})
     return find_darkroom(folder, {part: folder / part for part in parts}, info)
 
 
@@ -159,7 +191,8 @@ def count_same(written: FoundModel, source: FoundModel, weights: str) -> tuple[i
 
 def _pairs(written: FoundModel, source: FoundModel, part: str, weights: str) -> list[tuple[str, Table, Table]]:
     """(part, table of the source, table of what was written), of every kind of weights that was written."""
-    if weights == "all" and part in source.averaged:
+    # The official layout has a second place for the denoiser's weights alone.
+    if weights == "all" and part in source.averaged and (part == "denoiser" or written.layout != "compvis"):
         return [
             (part, source.tables[part], written.tables[part]),
             (part, source.averaged[part], written.averaged[part]),

@@ -19,7 +19,7 @@ from darkroom.errors import DarkroomError
 from darkroom.exchange import convert, export
 from darkroom.interop.found_model import find_model, with_facts
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_io import load
+from darkroom.model_io import load, save
 from darkroom.safe_files import read_safetensors_header, write_safetensors
 from darkroom.whole_models import ModelConversion
 
@@ -363,3 +363,60 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
     assert isinstance(model, LatentDiffusion)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert convert(tmp_path / "ours", tmp_path / "back.ckpt").tensors == len(state)
+
+
+def with_live_weights(
+    model: LatentDiffusion, folder: Path, parts: tuple[str, ...] = ("denoiser", "conditioner")
+) -> None:
+    """A model folder as a trained run leaves it."""
+    save(model, folder, live={p: {n: t + 1 for n, t in getattr(model, p).state_dict().items()} for p in parts})
+
+
+def test_a_trained_model_keeps_its_averages(tmp_path: Path) -> None:
+    model = own_model({"class": CLASS})
+    with_live_weights(model, tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "mine.safetensors")
+    assert isinstance(done, ModelConversion) and done.weights == "all"
+    assert done.left_out == ("conditioner's weights as training left them",)
+    for weights, more in (("ema", 0), ("live", 1)):
+        again = load(tmp_path / "mine.safetensors", weights, "cpu")
+        assert isinstance(again, LatentDiffusion)
+        state = again.denoiser.state_dict()
+        assert all(torch.equal(tensor + more, state[n]) for n, tensor in model.denoiser.state_dict().items())
+        state = again.conditioner.state_dict()
+        assert all(torch.equal(tensor, state[n]) for n, tensor in model.conditioner.state_dict().items())
+
+
+def test_a_trained_dit_says_what_it_leaves_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its official file is the bare network: no first stage, one kind of weights."""
+    network = {"kind": "dit", "input_size": 8, "hidden_size": 64, "depth": 1, "num_heads": 2, "num_classes": 4}
+    conditioner = build_conditioner({"encoders": {"class": CLASS | {"slot": "label", "width": None}}})
+    model = LatentDiffusion(build_first_stage(FIRST_STAGE), build_denoiser({"network": network}), conditioner)
+    with_live_weights(model, tmp_path / "ours", ("denoiser",))
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "dit.safetensors")]) == 0
+    out = capfd.readouterr().out
+    assert "left out, as the layout has no place for it: weights as training left them, first stage" in out
+    again = load(tmp_path / "dit.safetensors", device="cpu")
+    assert isinstance(again, LatentDiffusion)
+    assert all(torch.equal(t, again.denoiser.state_dict()[n]) for n, t in model.denoiser.state_dict().items())
+
+
+def test_converting_onto_a_model_keeps_other_files(tmp_path: Path) -> None:
+    source = export(own_model({"class": CLASS}), tmp_path / "mine.safetensors", format="compvis")
+    convert(source, tmp_path / "ours")
+    for name in ("README.md", "notes/first.txt"):
+        (tmp_path / "ours" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "ours" / name).write_text("mine")
+    convert(source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "README.md").read_text() == (tmp_path / "ours/notes/first.txt").read_text() == "mine"
+
+
+def test_the_preview_decoder_comes_along_or_is_named(tmp_path: Path) -> None:
+    there = convert("emoji", tmp_path / "ours")
+    assert isinstance(there, ModelConversion) and there.left_out == ()
+    again = load(tmp_path / "ours", device="cpu")
+    assert (
+        isinstance(again, LatentDiffusion) and again.first_stage is not None and again.first_stage.preview is not None
+    )
+    done = convert("emoji", tmp_path / "theirs", "diffusers")
+    assert isinstance(done, ModelConversion) and done.left_out == ("preview decoder",)

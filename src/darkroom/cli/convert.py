@@ -108,6 +108,8 @@ def _lines_of_model(done: ModelConversion) -> list[str]:
     if found.kept:
         verb = "kept for the way back" if done.kept else "left out"
         lines.append(f"  {verb}: " + ", ".join(f"{what} ({_tensors(n)})" for what, n in found.left_out.items()))
+    if done.left_out:
+        lines.append(f"  left out, as the layout has no place for it: {', '.join(done.left_out)}")
     return [*lines, f"{done.destination} ({done.format}): {_tensors(done.tensors)}, bit for bit"]
 
 

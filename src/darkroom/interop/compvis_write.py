@@ -34,10 +34,13 @@ def compvis_content(found: FoundModel, shapes: Mapping[str, Mapping[str, Shape]]
     content = Content()
     targets = standard_tables(found, shapes)
     network = network_prefix(found.configs)
-    tables = found.tables if weights == "all" else found.tables_of(weights)
+    tables = dict(found.tables_of("ema" if weights == "all" else weights))
+    averages = keeps_averages(found, weights)
+    if weights == "all" and averages:  # that layout has a second place for the denoiser's weights alone
+        tables["denoiser"] = found.tables["denoiser"]
     for part, table in targets.items():
         content.add(table, found.source, tables[part], shapes[part])
-    if keeps_averages(found):
+    if averages:
         averaged = {
             ours: same(AVERAGED_NETWORK + name.removeprefix(network).replace(".", ""))
             for ours, place in targets["denoiser"].items()
@@ -52,7 +55,7 @@ def compvis_content(found: FoundModel, shapes: Mapping[str, Mapping[str, Shape]]
             else:
                 content.copied[name] = (found.source, found.kept_place(name))
     elif network:
-        content.ready |= _made(found)
+        content.ready |= _made(found, averages)
         if found.family == "inpainting_big":  # the condition's encoder is the first stage
             for name in [n for n in content.made if n.startswith(FIRST_STAGE)]:
                 content.made[CONDITION + name.removeprefix(FIRST_STAGE)] = content.made[name]
@@ -73,14 +76,17 @@ def standard_tables(found: FoundModel, shapes: Mapping[str, Mapping[str, Shape]]
     }
 
 
-def keeps_averages(found: FoundModel) -> bool:
+def keeps_averages(found: FoundModel, weights: str) -> bool:
     """Whether the file has averaged copies: as its source has, or as the official configuration expects."""
+    if not network_prefix(found.configs):
+        return False  # beside a bare network there is no place for copies
     if found.layout == "compvis" or found.official:
-        return bool(found.averaged) or f"{AVERAGED}decay" in found.kept
-    return found.family != OWN and family_named(found.family).averaged
+        return "denoiser" in found.averaged or f"{AVERAGED}decay" in found.kept
+    has_both = weights == "all" and "denoiser" in found.averaged
+    return has_both or (found.family != OWN and family_named(found.family).averaged)
 
 
-def _made(found: FoundModel) -> dict[str, Tensor]:
+def _made(found: FoundModel, averages: bool) -> dict[str, Tensor]:
     """Buffers that the official code registers."""
     import torch
 
@@ -88,7 +94,7 @@ def _made(found: FoundModel) -> dict[str, Tensor]:
     schedule = found.configs["denoiser"]["schedule"]
     if schedule.get("kind", "ldm") != "flow":
         result |= buffers(schedule)
-    if keeps_averages(found):
+    if averages:
         result[f"{AVERAGED}decay"] = torch.tensor(EMA_DECAY)
         result[f"{AVERAGED}num_updates"] = torch.tensor(0, dtype=torch.int32)
     for encoder in found.configs["conditioner"]["encoders"].values():
