@@ -60,7 +60,7 @@ def export(
     shift: Number | None = None,
     scale: Number | None = None,
 ) -> Path:
-    """Write a model or a first stage for other libraries: "diffusers" (a folder) or "compvis" (one file, as the official code's).
+    """Write a model or a first stage for other libraries: "diffusers" (a folder) or "compvis" (one file, the official).
 
     place: a folder, or the name of a .safetensors or .ckpt file. An earlier export is replaced, anything else is kept.
     shift, scale: instead of the first stage's own, where the other library has no place for those.

@@ -18,6 +18,7 @@ from torch import nn
 from darkroom.assemble import checked_parts, shapes_of
 from darkroom.conditioning.encoders import ENCODERS
 from darkroom.config import from_dict, to_dict
+from darkroom.errors import DarkroomError
 from darkroom.exchange import convert
 from darkroom.interop.compvis_schedule import BUFFERS, buffers
 from darkroom.interop.compvis_write import compvis_content, standard_tables
@@ -215,3 +216,23 @@ def test_full_size_numbers_come_back(name: str, big_path: Path) -> None:
         state = getattr(model, part).state_dict()
         for ours, place in table.items():
             assert same_bits(state[ours], published_tensor(spec, place.names[0])), ours
+
+
+@pytest.mark.parametrize(
+    ("lacking", "channels", "words"),
+    [
+        (CONDITION, 4, "lacks the encoder of its condition: its network reads a context of width 768"),
+        ("", 8, "of no known family (its network unet, channels of its condition 4, condition clip)"),
+    ],
+)
+def test_what_only_resembles_a_family_is_refused(lacking: str, channels: int, words: str, tmp_path: Path) -> None:
+    """Stable Diffusion 1 without its text tower, and with the latent of a second picture at its input."""
+    first_stage, denoiser, conditioner = on_meta("sd-v1")
+    family = next(family for family in FAMILIES if family.name == "sd-v1")
+    shapes = official_layout(family, {"first_stage": first_stage, "denoiser": denoiser, "conditioner": conditioner})
+    shapes = {name: shape for name, shape in shapes.items() if not (lacking and name.startswith(lacking))}
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    shapes[first] = [shapes[first][0], channels, *shapes[first][2:]]
+    with pytest.raises(DarkroomError) as error:
+        find_model(hollow_file(tmp_path / "model.safetensors", shapes, {}))
+    assert words in str(error.value)

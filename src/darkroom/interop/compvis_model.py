@@ -200,6 +200,8 @@ def _look(file: TensorFile, prefix: str, first_stage: Glance | None) -> Look:
         f=None if first_stage is None else 2 ** (len(first_stage.config["channel_mult"]) - 1),
         traits=frozenset(name for name, has in traits.items() if has),
         name=file.path.name.lower(),
+        context=network.get("context_dim") if kind == "unet" else None,
+        vector=kind == "unet" and network.get("num_classes") is not None,
     )
 
 

@@ -306,6 +306,8 @@ def _family(
         f=f,
         traits=frozenset(name for name, has in traits.items() if has),
         name=said,
+        context=network.get("context_dim") if network["kind"] == "unet" else None,
+        vector=network["kind"] == "unet" and network.get("num_classes") is not None,
     )
     size = sample * f if isinstance(sample, int) else None
     try:

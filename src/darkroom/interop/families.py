@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from darkroom.config import nearest
 from darkroom.errors import DarkroomError
 from darkroom.interop.compvis_first_stage import SD1_SCALE, SD3_SCALE, SD3_SHIFT, SDXL_SCALE, UPSCALER_SCALE
 
@@ -30,6 +31,8 @@ class Look:
     quantised, f: of the first stage; None where there is none
     traits:       "updown" (residual blocks change the resolution), "labels", "dual" (a second attention), "qk_norm"
     name:         of the file, in small letters; read only where nothing else tells two families apart
+    context:      width of what a U-Net attends to; None where it attends to nothing
+    vector:       whether a U-Net reads a label or a vector
     """
 
     network: str
@@ -39,6 +42,8 @@ class Look:
     f: int | None
     traits: frozenset[str]
     name: str
+    context: int | None = None
+    vector: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,17 @@ WIDTH_32 = {"num_head_channels": 32}
 HEADS_8 = {"num_heads": 8}
 
 FAMILIES: tuple[Family, ...] = (
-    _sd3("sd3.5-medium", "Stable Diffusion 3.5 medium", lambda k: k.network == "mmdit" and "dual" in k.traits),
-    _sd3("sd3.5-large", "Stable Diffusion 3.5 large", lambda k: k.network == "mmdit" and "qk_norm" in k.traits),
-    _sd3("sd3-medium", "Stable Diffusion 3 medium", lambda k: k.network == "mmdit"),
+    _sd3(
+        "sd3.5-medium",
+        "Stable Diffusion 3.5 medium",
+        lambda k: k.network == "mmdit" and not k.extra and "dual" in k.traits,
+    ),
+    _sd3(
+        "sd3.5-large",
+        "Stable Diffusion 3.5 large",
+        lambda k: k.network == "mmdit" and not k.extra and "qk_norm" in k.traits,
+    ),
+    _sd3("sd3-medium", "Stable Diffusion 3 medium", lambda k: k.network == "mmdit" and not k.extra),
     Family(
         "dit",
         "DiT on ImageNet",
@@ -127,7 +140,7 @@ FAMILIES: tuple[Family, ...] = (
         "sdxl-base",
         "Stable Diffusion XL base",
         "sdxl-base",
-        lambda k: k.conditions == "sdxl",
+        lambda k: k.conditions == "sdxl" and not k.extra,
         network={"num_head_channels": 64, "legacy": False},
         schedule=STABLE_DIFFUSION,
         scale=SDXL_SCALE,
@@ -139,7 +152,7 @@ FAMILIES: tuple[Family, ...] = (
     _sd2(
         "sd-v2-x4-upscaler",
         "Stable Diffusion x4 upscaler",
-        lambda k: k.conditions == "open_clip" and "labels" in k.traits,
+        lambda k: k.conditions == "open_clip" and k.extra == 3 and "labels" in k.traits,
         network={**HEADS_8, "legacy": False, "disable_self_attentions": [True, True, True, False]},
         prediction="v",
         schedule={"beta_start": 0.0001, "beta_end": 0.02},
@@ -148,11 +161,15 @@ FAMILIES: tuple[Family, ...] = (
     _sd2("sd-v2-inpainting", "Stable Diffusion 2 inpainting", lambda k: k.conditions == "open_clip" and k.extra == 5),
     _sd2("sd-v2-depth", "Stable Diffusion 2 depth", lambda k: k.conditions == "open_clip" and k.extra == 1),
     # Both have the same tensors; the epsilon model is told by its file's name.
-    _sd2("sd-v2-base", "Stable Diffusion 2 base", lambda k: k.conditions == "open_clip" and _says(k, "base", "512")),
+    _sd2(
+        "sd-v2-base",
+        "Stable Diffusion 2 base",
+        lambda k: k.conditions == "open_clip" and not k.extra and _says(k, "base", "512"),
+    ),
     _sd2(
         "sd-v2-v768",
         "Stable Diffusion 2 at 768 pixels",
-        lambda k: k.conditions == "open_clip",
+        lambda k: k.conditions == "open_clip" and not k.extra,
         prediction="v",
         size=(768, 768),
     ),
@@ -171,7 +188,7 @@ FAMILIES: tuple[Family, ...] = (
         "sd-v1",
         "Stable Diffusion 1",
         "sd-v1",
-        lambda k: k.conditions == "clip",
+        lambda k: k.conditions == "clip" and not k.extra,
         network={**HEADS_8, "legacy": False},
         schedule=STABLE_DIFFUSION,
         scale=SD1_SCALE,
@@ -183,7 +200,7 @@ FAMILIES: tuple[Family, ...] = (
         "layout2img-openimages256",
         "the paper's LDM-4 from layouts (layout2img-openimages256)",
         "ldm-layout2img-openimages256",
-        lambda k: k.conditions == "boxes",
+        lambda k: k.conditions == "boxes" and not k.extra,
         0.0205,
         network=WIDTH_32,
     ),
@@ -191,7 +208,7 @@ FAMILIES: tuple[Family, ...] = (
         "text2img-large",
         "the paper's text2img-large",
         "ldm-text2img-large",
-        lambda k: k.conditions == "text" and not k.quantised,
+        lambda k: k.conditions == "text" and not k.extra and not k.quantised,
         network={**HEADS_8, "legacy": False},
         schedule=STABLE_DIFFUSION,
         scale=SD1_SCALE,
@@ -202,7 +219,7 @@ FAMILIES: tuple[Family, ...] = (
         "text2img256",
         "the paper's text2img256",
         "ldm-text2img256",
-        lambda k: k.conditions == "text",
+        lambda k: k.conditions == "text" and not k.extra,
         0.0195,
         network=WIDTH_32,
         guidance_scale=5.0,
@@ -211,7 +228,7 @@ FAMILIES: tuple[Family, ...] = (
         "cin256",
         "the paper's LDM-8 on ImageNet (cin256)",
         "ldm-cin256-f8",
-        lambda k: k.conditions == "class" and k.f == 8,
+        lambda k: k.conditions == "class" and not k.extra and k.f == 8,
         0.0195,
         network=WIDTH_32,
     ),
@@ -219,7 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         "cin256-v2",
         "the paper's LDM-4 on ImageNet with guidance (cin256-v2)",
         "ldm-cin256",
-        lambda k: k.conditions == "class",
+        lambda k: k.conditions == "class" and not k.extra,
         0.0195,
         network={"num_heads": 1},
         guidance_scale=3.0,
@@ -254,7 +271,7 @@ FAMILIES: tuple[Family, ...] = (
         "bsr_sr",
         "the paper's x4 super-resolution (bsr_sr)",
         "ldm-sr",
-        lambda k: k.conditions is None and k.extra == 3,
+        lambda k: _is_bare(k) and k.extra == 3,
         0.0155,
         network=WIDTH_32,
     ),
@@ -262,7 +279,7 @@ FAMILIES: tuple[Family, ...] = (
         "lsun_churches256",
         "the paper's LDM-8 on LSUN churches (lsun_churches256)",
         "ldm-lsun-churches256",
-        lambda k: k.conditions is None and not k.extra and "updown" in k.traits,
+        lambda k: _is_bare(k) and not k.extra and "updown" in k.traits,
         0.0155,
         network=HEADS_8,
     ),
@@ -270,7 +287,7 @@ FAMILIES: tuple[Family, ...] = (
         "celeba256",
         "an unconditional LDM-4 of the paper (celeba256, ffhq256, lsun_beds256)",
         "ldm-celeba256",
-        lambda k: k.conditions is None and not k.extra,
+        lambda k: _is_bare(k) and not k.extra,
         0.0195,
         network=WIDTH_32,
     ),
@@ -281,14 +298,26 @@ def _says(look: Look, *words: str) -> bool:
     return any(word in look.name for word in words)
 
 
+def _is_bare(look: Look) -> bool:
+    """The file holds no encoder of a condition, and the network reads none."""
+    return look.conditions is None and look.context is None and not look.vector
+
+
 def _is_masked(look: Look) -> bool:
     """A masked picture's latent and its mask are joined; files may list the condition's tensors or not."""
-    return look.conditions is None and look.extra == 4 and "updown" in look.traits
+    return _is_bare(look) and look.extra == 4 and "updown" in look.traits
 
 
 def recognise(look: Look, where: str) -> Family:
     found = next((family for family in FAMILIES if family.is_it(look)), None)
     if found is None:
+        read = [f"a context of width {look.context}"] * (look.context is not None) + ["a vector"] * look.vector
+        if look.conditions is None and read:
+            raise DarkroomError(
+                f"{where} lacks the encoder of its condition: its network reads {' and '.join(read)}, and no tensor of "
+                "the file makes it; take a file that holds the text tower too, or its first stage alone with "
+                "--first-stage or darkroom.load_first_stage"
+            )
         said = {"its network": look.network, "channels of its condition": look.extra, "condition": look.conditions}
         raise DarkroomError(
             f"{where} is a whole model of no known family ({', '.join(f'{k} {v}' for k, v in said.items())}); its "
@@ -298,4 +327,8 @@ def recognise(look: Look, where: str) -> Family:
 
 
 def family_named(name: str) -> Family:
-    return next(family for family in FAMILIES if family.name == name)
+    found = next((family for family in FAMILIES if family.name == name), None)
+    if found is None:
+        known = nearest(name, [family.name for family in FAMILIES])
+        raise DarkroomError(f'"{name}" is no family of models{known}; correct "family" in the model\'s index')
+    return found
