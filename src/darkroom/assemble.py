@@ -122,7 +122,10 @@ def owned(tensor: Tensor, dtype: torch.dtype, taken: set[int]) -> Tensor:
 
 def latent_numbers(name: str, value: Number, channels: int) -> Tensor:
     """() or (channels,) float32: a shift or scale of latents, if it can be one."""
-    numbers = torch.tensor(value, dtype=torch.float32)
+    try:
+        numbers = torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise DarkroomError(f"the {name} of the latents is {value!r}: give one number, or one per channel") from None
     if numbers.shape not in ((), (channels,)):
         raise DarkroomError(
             f"{len(numbers)} numbers for the {name} of {channels} latent channels: give one number, or one per channel"

@@ -26,7 +26,7 @@ from darkroom.interop.first_stage_files import (
     write_diffusers,
 )
 from darkroom.interop.first_stage_rest import count_rest, rest_of, write_rest
-from darkroom.interop.found_model import with_facts
+from darkroom.interop.found_model import latent_facts, with_facts
 from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import CONVERTED_FROM, WEIGHTS, find_source, is_model_folder, read_index
@@ -125,6 +125,8 @@ def convert(
         done = write_whole(with_facts(whole, {**given, **(facts or {})}), place, to, weights or "all")
         progress(3)
         return done
+    own = latent_facts(facts or {}, source, "a first stage")
+    shift, scale = own.get("shift", shift), own.get("scale", scale)
     weights = weights or "ema"
     found = _find(source, weights)
     if "float64" in found.dtypes and to == "darkroom":

@@ -26,7 +26,7 @@ from darkroom.first_stage.statistics import encoder_fingerprint
 from darkroom.interop.darkroom_model import read_kept, save_kept
 from darkroom.interop.diffusers_first_stage import Number
 from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage
-from darkroom.interop.found_model import find_model, with_facts
+from darkroom.interop.found_model import find_model, latent_facts, with_facts
 from darkroom.interop.tensor_file import is_weight_file, open_tensor_file
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import (
@@ -142,8 +142,11 @@ def _load(
         found = find_first_stage(path)
         if found is None or found.inside:
             refuse_official(path, found)
-        return _ready(build_found(found, weights), on)
+        alone = build_found(found, weights)
+        set_latents(alone, *_latents_of(facts, path, "a first stage"))
+        return _ready(alone, on)
     index = read_index(path)
+    shift, scale = _latents_of(facts, path, "a Darkroom folder")
     if weights == "live" and not any((place / WEIGHTS["live"]).is_file() for place in index.parts.values()):
         raise DarkroomError(f'{path} holds no live weights; use weights="ema"')
     parts: dict[str, Any] = {}
@@ -153,6 +156,7 @@ def _load(
     if first_stage is not None:
         _remember_reference(first_stage, index)
         first_stage.requires_grad_(False)
+        set_latents(first_stage, shift, scale)
         if "preview" in parts:
             _attach_preview(first_stage, parts["preview"], index)
     if index.kind == "first_stage":
@@ -163,6 +167,11 @@ def _load(
     model.denoiser.network.to(precision)
     model.kept = read_kept(path)
     return _ready(model, on)
+
+
+def _latents_of(facts: Mapping[str, Any] | None, path: Path, what: str) -> tuple[Number | None, Number | None]:
+    given = latent_facts(facts or {}, path, what)
+    return given.get("shift"), given.get("scale")
 
 
 def load_first_stage(
@@ -217,7 +226,7 @@ def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | N
         if value is not None:
             numbers = latent_numbers(name, value, first_stage.latent_channels)
             setattr(first_stage, name, numbers.to(first_stage.shift.device))
-    first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
+            first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
 
 
 def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:

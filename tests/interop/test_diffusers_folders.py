@@ -276,3 +276,15 @@ def test_the_command_line_tells_what_a_folder_is(
     assert "Stable Diffusion XL base (diffusers)" in told and "epsilon (of scheduler_config.json)" in told
     assert main(["convert", str(theirs / "ldm"), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
     assert "(diffusers): 311 tensors, bit for bit" in capsys.readouterr().out
+
+
+def test_joined_tensors_have_one_type(theirs: Path, tmp_path: Path) -> None:
+    """Queries, keys and values of plain attention are three tensors there and one here."""
+    shutil.copytree(theirs / "ldm", tmp_path / "mixed")
+    file = next((tmp_path / "mixed" / "unet").glob("*.safetensors"))
+    tensors = dict(open_tensor_file(file).read(open_tensor_file(file).shapes))
+    name = next(name for name in tensors if name.endswith("to_q.weight"))
+    save_file(tensors | {name: tensors[name].half()}, file)
+    with pytest.raises(DarkroomError, match="which it is joined to") as error:
+        convert(tmp_path / "mixed", tmp_path / "ours")
+    assert "float16" in str(error.value) and "\n" not in str(error.value)

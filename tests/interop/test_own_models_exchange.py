@@ -21,7 +21,7 @@ from darkroom.interop.found_model import find_model, with_facts
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
 from darkroom.safe_files import read_safetensors_header, write_safetensors
-from darkroom.whole_models import ModelConversion
+from darkroom.whole_models import ModelConversion, found_in_memory
 
 FIRST_STAGE = {"channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "z_channels": 4, "embed_dim": 4}
 UNET = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2], "num_heads": 2}
@@ -303,9 +303,11 @@ WRONG: dict[str, dict[str, Tensor | None]] = {
     },
     "lacks the averaged copies of 1 tensors (network.out.2.weight)": {AVERAGED: None},
     "are of no known schedule": {"betas": torch.linspace(0.5, 0.1, 1000)},
-    "of no known family (its network unet, channels of its condition 2, condition None)": {
-        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3),
-        "cond_stage_model.embedding.weight": None,
+    "of no known family (its network unet, channels of its condition 2, condition class)": {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)
+    },
+    "lacks the encoder of its condition: its network reads a context of width": {
+        "cond_stage_model.embedding.weight": None
     },
 }
 
@@ -325,7 +327,14 @@ def test_damaged_notes(tmp_path: Path) -> None:
 
     file = open_tensor_file(path)
     tensors = file.read(file.shapes)
-    for note in ("{", "[]", json.dumps({"configs": {}, "family": "own", "latents": None, "info": {}})):
+    whole = json.loads(file.notes["darkroom_model"])
+    wrong: tuple[dict[str, Any], ...] = (
+        {"latents": ["x", "y"]},
+        {"info": {"defaults": [1]}},
+        {"info": {"defaults": {"size": "abc"}}},
+    )
+    changed = [json.dumps(whole | change) for change in wrong]
+    for note in ("{", "[]", json.dumps({"configs": {}, "family": "own", "latents": None, "info": {}}), *changed):
         write_safetensors(tmp_path / "bad.safetensors", tensors, file.notes | {"darkroom_model": note})
         with pytest.raises(DarkroomError, match="its note about the model cannot be read"):
             load(tmp_path / "bad.safetensors")
@@ -420,3 +429,39 @@ def test_the_preview_decoder_comes_along_or_is_named(tmp_path: Path) -> None:
     )
     done = convert("emoji", tmp_path / "theirs", "diffusers")
     assert isinstance(done, ModelConversion) and done.left_out == ("preview decoder",)
+
+
+def test_facts_of_what_says_everything_itself(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """A model folder and a first stage take scale and shift; no other fact is passed over."""
+    model = own_model({})
+    save(model, tmp_path / "ours")
+    assert model.first_stage is not None
+    save(model.first_stage, tmp_path / "stage")
+    stage = export(model.first_stage, tmp_path / "stage.safetensors", format="compvis")
+    for place in (tmp_path / "ours", tmp_path / "stage", stage):
+        loaded = load(place, device="cpu", facts={"scale": 0.5})
+        first_stage = loaded.first_stage if isinstance(loaded, LatentDiffusion) else loaded
+        assert first_stage is not None and float(first_stage.scale) == 0.5
+        with pytest.raises(DarkroomError, match='for which "prediction" cannot be set; only shift and scale can'):
+            load(place, device="cpu", facts={"prediction": "v"})
+    done = convert(stage, tmp_path / "again", facts={"scale": 0.25})
+    assert not isinstance(done, ModelConversion) and done.scale == 0.25
+    assert 'for which "prediction" cannot be set' in refused("convert", stage, tmp_path / "x", "--set", "prediction=v")
+    for source in (tmp_path / "ours", stage):
+        words = refused("convert", source, tmp_path / "x", "--set", "scale=big")
+        assert "scale='big' is no number; give one number, or a list of one per latent channel" in words
+
+
+def test_an_unknown_family_in_the_index(tmp_path: Path, refused: Callable[..., str]) -> None:
+    save(own_model({}), tmp_path / "ours", info={"family": "sd-v11"})
+    words = refused("convert", tmp_path / "ours", tmp_path / "mine.safetensors")
+    assert '"sd-v11" is no family of models (did you mean "sd-v1"?)' in words
+
+
+def test_text_towers_are_for_files(tmp_path: Path) -> None:
+    network = {"kind": "mmdit", "depth": 1, "hidden_size": 64, "num_heads": 1, "context_dim": 96,
+               "adm_in_channels": 160, "pos_embed_max_size": 8}  # fmt: skip
+    denoiser = build_denoiser({"network": network, "prediction_type": "velocity", "schedule": {"kind": "flow"}})
+    model = LatentDiffusion(build_first_stage(FIRST_STAGE), denoiser, build_conditioner({"encoders": {}}))
+    with pytest.raises(DarkroomError, match="they are joined to an official file only"):
+        with_facts(found_in_memory(model), {"text_towers": str(tmp_path)})

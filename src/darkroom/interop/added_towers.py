@@ -21,7 +21,10 @@ def with_towers(found: FoundModel, places: str | Path | Sequence[str | Path]) ->
     """The model with the towers in these files or folders: both CLIPs, and T5 where it is there."""
     if found.configs["denoiser"]["network"].get("kind") != "mmdit" or found.configs["conditioner"]["encoders"]:
         raise DarkroomError(f"{found.path} ({found.title}) takes no text towers of other files; leave text_towers out")
-    assert isinstance(found.source, FileSource)
+    if not isinstance(found.source, FileSource):
+        raise DarkroomError(
+            f"{found.path} takes no text_towers: they are joined to an official file only; convert it to one first"
+        )
     every = [tower for place in _listed(places) for tower in find_towers(place)]
     # OpenCLIP's own names are not those that the official files have.
     clips = sorted((tower for tower in every if tower.family == "clip"), key=lambda tower: tower.width)

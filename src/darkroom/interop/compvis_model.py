@@ -22,7 +22,7 @@ from darkroom.interop.compvis_networks import infer_network, network_kind
 from darkroom.interop.compvis_schedule import BUFFERS, read_schedule
 from darkroom.interop.families import Family, Look
 from darkroom.interop.first_stage_files import EXPORTED_BY, SCALE, Glance, as_number, glance
-from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, some
+from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, check_defaults, noted_latents, some
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.interop.tensor_source import FileSource, Shape, Table, same
 from darkroom.safe_json import parse_json
@@ -147,8 +147,11 @@ def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundMo
         note = parse_json(file.notes[MODEL_NOTE].encode())
         configs, family = dict(note["configs"]), str(note["family"])
         encoders, latents = dict(configs["conditioner"]["encoders"]), note["latents"]
+        check_defaults(note["info"].get("defaults", {}))
         info = {"name": file.path.stem, **note["info"]} | ({} if family == OWN else {"family": family})
-    except (ValueError, KeyError, TypeError):
+        if latents is not None:
+            latents = noted_latents(latents)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DarkroomError(f"{file.path} is damaged: its note about the model cannot be read") from None
     look = _look(file, prefix, first_stage)
     if first_stage is None:
@@ -168,7 +171,7 @@ def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundMo
         configs=configs,
         tables=tables,
         averaged=averaged,
-        latents=None if latents is None or first_stage is None else (latents[0], latents[1]),
+        latents=None if latents is None or first_stage is None else latents,
         kept=kept,
         renamed=_unusual(tables, configs),
         info=info,

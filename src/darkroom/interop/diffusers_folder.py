@@ -32,7 +32,7 @@ from darkroom.interop.diffusers_configs import (
 )
 from darkroom.interop.diffusers_pipelines import OWN_PIPELINE, Pipeline
 from darkroom.interop.first_stage_files import CONFIG, PIPELINE, expected_shapes, plain_config
-from darkroom.interop.found_model import OWN, FoundModel, some
+from darkroom.interop.found_model import OWN, FoundModel, check_defaults, noted_latents, some
 from darkroom.interop.stated_depths import check_depths
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.interop.tensor_source import FileSource, JoinedSource, MemorySource, Place, Shape, Table, same
@@ -272,8 +272,9 @@ def _noted(path: Path, pipeline: str, names: list[str]) -> FoundModel:
     note = read_json(path / NOTE_FILE, "note about the model")
     check_depths(note.get("configs"), sum(len(file.shapes) for file in (*stored, *rest)), path, path / NOTE_FILE)
     try:
-        configs, latents = dict(note["configs"]), (note["latents"][0], note["latents"][1])
+        configs, latents = dict(note["configs"]), noted_latents(note["latents"])
         family, kept, info = str(note["family"]), dict(note["kept"]), dict(note["info"])
+        check_defaults(info.get("defaults", {}))
         aliases, renamed, name = dict(note["aliases"]), dict(note["renamed"]), str(note["autoencoder"])
         places: dict[str, str] = dict(note["places"])
         shapes = {part: {n: tuple(s) for n, s in table.items()} for part, table in note["shapes"].items()}

@@ -118,6 +118,9 @@ FACTS = {
 def with_facts(found: FoundModel, facts: Mapping[str, Any]) -> FoundModel:
     """The same source, understood differently. `facts`: short names (`FACTS`, "scale", "shift"), or the dotted name of
     any entry of the configs; "text_towers": files of towers that the source leaves out."""
+    for name in LATENTS:
+        if name in facts:
+            _check_latents(name, facts[name])
     if "text_towers" in facts:
         from darkroom.interop.added_towers import with_towers  # imports torch
 
@@ -138,6 +141,45 @@ def with_facts(found: FoundModel, facts: Mapping[str, Any]) -> FoundModel:
         configs["denoiser"]["network"]["num_head_channels"] = None
     told = {name: f"{value} (as asked for)" for name, value in facts.items()}
     return replace(found, configs=configs, latents=latents, facts=found.facts | told)
+
+
+def noted_latents(noted: Any) -> tuple[Number, Number]:
+    """Shift and scale out of a note that anybody may have changed; ValueError where they are none."""
+    shift, scale = noted
+    for value in (shift, scale):
+        if not _is_numbers(value):
+            raise ValueError(f"{value!r} is no number")
+    return shift, scale
+
+
+def check_defaults(defaults: Any) -> None:
+    """Of generation, out of a note or index; ValueError where these cannot be such."""
+    if not isinstance(defaults, dict):
+        raise ValueError(f"defaults are a table, not {defaults!r}")
+    size = defaults.get("size")
+    if size is not None and not (
+        isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    ):
+        raise ValueError(f"the default size is two numbers, not {size!r}")
+
+
+def _is_numbers(value: Any) -> bool:
+    numbers = value if isinstance(value, list | tuple) and value else [value]
+    return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+
+
+def latent_facts(facts: Mapping[str, Any], path: str | Path, what: str) -> dict[str, Any]:
+    """The facts of something that tells all others itself: shift and scale alone."""
+    for name, value in facts.items():
+        if name not in LATENTS:
+            raise DarkroomError(f'{path} is {what}, for which "{name}" cannot be set; only {" and ".join(LATENTS)} can')
+        _check_latents(name, value)
+    return dict(facts)
+
+
+def _check_latents(name: str, value: Any) -> None:
+    if not _is_numbers(value):
+        raise DarkroomError(f"{name}={value!r} is no number; give one number, or a list of one per latent channel")
 
 
 def check_tables(found: FoundModel, expected: Mapping[str, Mapping[str, Shape]]) -> None:
@@ -177,6 +219,10 @@ def _compare(
         wrong.append(f"{place.names[0]} {source.shapes[place.names[0]]} for {shape}")
     elif bad := [name for name in place.names if "float" not in source.dtypes[name]]:
         wrong.append(f"{bad[0]} {source.dtypes[bad[0]]}")
+    elif other := next((n for n in place.names if source.dtypes[n] != source.dtypes[place.names[0]]), None):
+        # Both become one tensor of ours, which has one type.
+        first = place.names[0]
+        wrong.append(f"{other} {source.dtypes[other]} beside {first} {source.dtypes[first]}, which it is joined to")
 
 
 def some(names: list[str]) -> str:
