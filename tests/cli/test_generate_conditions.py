@@ -76,7 +76,9 @@ def test_files_equal_the_python_interface_and_are_repeated(run: Any, refused: An
     status, _, error = run("generate", *words, "-m", places / name, "--seed", 3, "-o", "one.png")
     assert status == 0 and error == ""
     model = darkroom.load(places / name, device="cpu")
-    assert np.array_equal(pixels("one.png"), model.generate(**arguments, seed=3).images[0])
+    # Sums may be rounded in another order elsewhere in memory, which now and then is a step of the 8 bits.
+    same = model.generate(**arguments, seed=3).images[0].astype(int)
+    assert abs(pixels("one.png").astype(int) - same).max() <= 1
 
     record = read_settings("one.png")["request"]["conditions"]
     again = ["generate", "--from", "one.png", "-m", places / name, "-o", "two.png"]
