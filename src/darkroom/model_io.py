@@ -28,6 +28,7 @@ from darkroom.interop.diffusers_first_stage import Number
 from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage
 from darkroom.interop.found_model import find_model, latent_facts, with_facts
 from darkroom.interop.tensor_file import is_weight_file, open_tensor_file
+from darkroom.interop.tensor_source import GROUP_BYTES
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import (
     BUNDLED,
@@ -62,7 +63,6 @@ _BUILD: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "conditioner": build_conditioner,
     "preview": build_preview,
 }
-GROUP_BYTES = 2**28
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Keys of `info` that say where a model came from this time; they are made anew by each load.
 _TRANSIENT = ("sha256", "path", "weights")

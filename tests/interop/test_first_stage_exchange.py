@@ -391,7 +391,7 @@ def test_bad_official_files_end_in_one_line(tmp_path: Path, refused: Callable[..
         return {name: shape for name, shape in shapes.items() if not name.startswith(starts)}
 
     bad("1 tensor missing (decoder.mid.attn_1.norm.bias)", without("decoder.mid.attn_1.norm.bias"))
-    bad("10 tensors missing (decoder.mid.attn_1.norm.weight, ", without("decoder.mid.attn_1."))
+    bad("10 tensors missing (decoder.mid.attn_1.k.bias, ", without("decoder.mid.attn_1."))
     bad("lacks 'encoder.conv_in.weight'", without("encoder.conv_in"))
     bad("lacks 'decoder.up.0.block.0.conv1.weight'", without("decoder."))
     bad("lacks 'encoder.down.1.block.0.conv1.weight'", without("encoder.down.1."))

@@ -301,7 +301,7 @@ WRONG: dict[str, dict[str, Tensor | None]] = {
         "model.diffusion_model.extra": torch.zeros(1),
         "model_ema.diffusion_modelextra": torch.zeros(1),
     },
-    "lacks the averaged copies of 1 tensors (network.out.2.weight)": {AVERAGED: None},
+    "no averaged copies of model.diffusion_model.out.2.weight: these do not belong there": {AVERAGED: None},
     "are of no known schedule": {"betas": torch.linspace(0.5, 0.1, 1000)},
     "of no known family (its network unet, channels of its condition 2, condition class)": {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)

@@ -240,3 +240,16 @@ def test_a_trained_model_is_not_converted_over(tmp_path: Path) -> None:
         with pytest.raises(DarkroomError, match=r"own holds a model that was not converted.*give another name"):
             convert(tmp_path / "converted", tmp_path / "own", first_stage=only_first_stage)
     assert before == {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
+
+
+def test_a_tensor_too_few_or_too_many_is_named_as_the_file_names_it(tmp_path: Path) -> None:
+    _, state = checkpoint("tiny_cin")
+    bias = "model.diffusion_model.out.2.bias"
+    assert bias in state and "model_ema.diffusion_modelout2bias" in state
+    write_checkpoint(tmp_path / "few.ckpt", {name: tensor for name, tensor in state.items() if name != bias})
+    with pytest.raises(DarkroomError, match=r"averaged copies of tensors that it lacks \(model_ema\S*out2bias\)"):
+        load(tmp_path / "few.ckpt")
+    extra = "model.diffusion_model.extra.weight"
+    write_checkpoint(tmp_path / "many.ckpt", state | {extra: torch.zeros(3)})
+    with pytest.raises(DarkroomError, match=f"no averaged copies of {extra}: these do not belong there"):
+        load(tmp_path / "many.ckpt")

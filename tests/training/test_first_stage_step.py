@@ -582,20 +582,21 @@ def test_the_ceiling_of_the_adaptive_weight() -> None:
 
 
 def test_a_smooth_discriminator_pays_for_its_slope_at_images_and_reconstructions() -> None:
-    free, smooth = make(), make(replace(CONFIG, discriminator_smoothness=0.5))
+    weight = 100.0  # so that a step on the whole loss is one on the slope
+    free, smooth = make(), make(replace(CONFIG, discriminator_smoothness=weight))
     losses = []
     for step in (free, smooth):
         first(step).loss(images(), torch.zeros(4, 4, 8, 8), 5)
         losses.append(step.phases[1].module({}, generator(0), 5))
     (plain, without), (total, metrics) = losses
     assert "squared_slope" not in without and float(metrics["squared_slope"]) > 0
-    torch.testing.assert_close(total - plain, 0.5 * metrics["squared_slope"])
+    torch.testing.assert_close(total - plain, weight * metrics["squared_slope"])
     parameters = [p for p in smooth.phases[1].parameters if p.requires_grad]
-    rate, before = 1e-2, float(metrics["squared_slope"])
+    rate, before = 1e-4, float(metrics["squared_slope"])
     total.backward()
     with torch.no_grad():
         for p in parameters:
             p -= rate * p.grad
     first(smooth).loss(images(), torch.zeros(4, 4, 8, 8), 5)
     _, after = smooth.phases[1].module({}, generator(0), 5)
-    assert float(after["squared_slope"]) != before
+    assert 0 < float(after["squared_slope"]) < before

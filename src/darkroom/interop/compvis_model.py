@@ -22,8 +22,8 @@ from darkroom.interop.compvis_networks import infer_network, network_kind
 from darkroom.interop.compvis_schedule import BUFFERS, read_schedule
 from darkroom.interop.families import Family, Look
 from darkroom.interop.first_stage_files import EXPORTED_BY, SCALE, Glance, as_number, glance
-from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, check_defaults, noted_latents, some
-from darkroom.interop.tensor_file import TensorFile, open_tensor_file
+from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, check_defaults, noted_latents
+from darkroom.interop.tensor_file import TensorFile, open_tensor_file, some
 from darkroom.interop.tensor_source import FileSource, Shape, Table, same
 from darkroom.safe_json import parse_json
 
@@ -258,8 +258,13 @@ def _sorted_out(
                     for ours, place in tables["denoiser"].items() for name in place.names}  # fmt: skip
     means = {without_dots[name]: same(name) for name in rest if name in without_dots}
     unknown = [name for name in rest if name not in without_dots]
-    if means and (lacking := tables["denoiser"].keys() - means.keys()):
-        raise DarkroomError(f"{file.path} lacks the averaged copies of {len(lacking)} tensors ({some(list(lacking))})")
+    if means and (without := tables["denoiser"].keys() - means.keys()):
+        names = [name for ours in without for name in tables["denoiser"][ours].names]
+        raise DarkroomError(
+            f"{file.path} has no averaged copies of {some(names)}: these do not belong there, or the copies are missing"
+        )
+    if orphans := [name for name in unknown if name.startswith(AVERAGED_NETWORK)]:
+        raise DarkroomError(f"{file.path} holds averaged copies of tensors that it lacks ({some(orphans)})")
     if unknown:
         raise DarkroomError(f"{file.path} holds {len(unknown)} tensors of no known part ({some(unknown)})")
     return dict(tables), {"denoiser": means} if means else {}, kept

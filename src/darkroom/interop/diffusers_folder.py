@@ -32,9 +32,9 @@ from darkroom.interop.diffusers_configs import (
 )
 from darkroom.interop.diffusers_pipelines import OWN_PIPELINE, Pipeline
 from darkroom.interop.first_stage_files import CONFIG, PIPELINE, expected_shapes, plain_config
-from darkroom.interop.found_model import OWN, FoundModel, check_defaults, noted_latents, some
+from darkroom.interop.found_model import OWN, FoundModel, check_defaults, noted_latents
 from darkroom.interop.stated_depths import check_depths
-from darkroom.interop.tensor_file import TensorFile, open_tensor_file
+from darkroom.interop.tensor_file import TensorFile, open_tensor_file, some
 from darkroom.interop.tensor_source import FileSource, JoinedSource, MemorySource, Place, Shape, Table, same
 from darkroom.interop.text_towers import BESIDE
 from darkroom.safe_files import read_json

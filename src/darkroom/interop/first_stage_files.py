@@ -22,7 +22,7 @@ from darkroom.interop import compvis_first_stage as compvis
 from darkroom.interop import diffusers_first_stage as diffusers
 from darkroom.interop.diffusers_first_stage import Number
 from darkroom.interop.stated_depths import check_depths
-from darkroom.interop.tensor_file import SAFETENSORS, TensorFile, is_weight_file, open_tensor_file
+from darkroom.interop.tensor_file import SAFETENSORS, TensorFile, is_weight_file, open_tensor_file, some
 from darkroom.safe_files import read_json, write_safetensors
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ SCALE = "scale_factor"  # 0-d, in checkpoints that measured it (scale_by_std)
 EXPORTED_BY = "exported_by"  # our mark on files that we wrote
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 EIGHT_BITS = {"dtype": "uint8", "low": 0.0, "high": 255.0}
-SHOWN = 4  # names in a message
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,7 @@ def _account(
             left_out[what] = left_out.get(what, 0) + 1
     if missing or unknown or wrong:
         problems = [
-            f"{len(found)} tensor{'s' * (len(found) != 1)} {verb} ({_some(found)})"
+            f"{len(found)} tensor{'s' * (len(found) != 1)} {verb} ({some(found)})"
             for verb, found in (("missing", missing), ("unknown", unknown), ("of another shape or type", wrong))
             if found
         ]
@@ -357,10 +356,6 @@ def _same_numbers(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -
     """Whether a stored shape is the wanted one; an attention's 1x1 convolution may also be stored as a matrix."""
     is_attention = ".attn" in name or ".attentions." in name
     return stored == wanted or (is_attention and wanted[2:] == (1, 1) and stored == wanted[:2])
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

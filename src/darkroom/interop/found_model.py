@@ -14,6 +14,7 @@ from typing import Any
 from darkroom.config import nearest, understanding, with_overrides
 from darkroom.errors import DarkroomError
 from darkroom.interop.diffusers_first_stage import Number
+from darkroom.interop.tensor_file import is_weight_file, some
 from darkroom.interop.tensor_source import Place, Shape, Table, TensorSource, fits
 
 PARTS = ("first_stage", "denoiser", "conditioner")
@@ -21,7 +22,6 @@ LATENTS = ("shift", "scale")  # tensors of our first stage that are numbers else
 OWN = "own"  # the family of models of ours that are of no published one
 MODEL_NOTE = "darkroom_model"  # in files that we wrote: the configuration, in JSON
 KEPT_FILE = "official/kept.safetensors"  # in our folders
-SHOWN = 4  # names in a message
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ class FoundModel:
 def find_model(path: Path) -> FoundModel | None:
     """The whole model in a file or folder; None where there is none, an error where it is damaged."""
     from darkroom.interop.compvis_model import find_compvis
-    from darkroom.interop.tensor_file import is_weight_file
 
     if path.is_dir():
         from darkroom.interop.diffusers_folder import find_diffusers
@@ -223,7 +222,3 @@ def _compare(
         # Both become one tensor of ours, which has one type.
         first = place.names[0]
         wrong.append(f"{other} {source.dtypes[other]} beside {first} {source.dtypes[first]}, which it is joined to")
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

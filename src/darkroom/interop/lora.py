@@ -23,14 +23,13 @@ from torch import Tensor
 from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 from darkroom.interop.lora_names import Spot, Spots, find_spot
-from darkroom.interop.tensor_file import TensorFile, open_tensor_file
+from darkroom.interop.tensor_file import TensorFile, open_tensor_file, some
 from darkroom.safe_files import read_json
 from darkroom.safe_json import parse_json
 
 METADATA = "lora_adapter_metadata"  # diffusers' note of peft's config, beside the tensors
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-NAMES_SHOWN = 4
 
 _ENDINGS = (
     (
@@ -119,7 +118,7 @@ def _changes(file: TensorFile) -> dict[str, Change]:
     if unknown:
         kind = next((what for part, what in _OTHERS if any(part in name for name in unknown)), None)
         what = f"{kind}, which this version cannot apply" if kind else "names that no LoRA has"
-        raise DarkroomError(f"{file.path} holds {what}: {_some(unknown)}")
+        raise DarkroomError(f"{file.path} holds {what}: {some(unknown)}")
     if not changes:
         raise DarkroomError(f"{file.path} holds no tensors")
     for change in changes.values():
@@ -185,7 +184,7 @@ def match(lora: LoraFile, parts: Mapping[str, Spots]) -> list[tuple[Change, str,
     if unmatched:
         raise DarkroomError(
             f"{lora.file.path} was made for another model: {len(unmatched)} of its {len(lora.changes)} layers are not "
-            f"in this one ({_some(unmatched)})"
+            f"in this one ({some(unmatched)})"
         )
     return found
 
@@ -233,7 +232,3 @@ def _check_shapes(path: Path, change: Change, shapes: Mapping[str, tuple[int, ..
         raise DarkroomError(
             f"{path} has an alpha of shape {list(shapes['alpha'])} for {change.layer}; one number is needed"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")

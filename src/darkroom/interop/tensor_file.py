@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+SHOWN = 4  # names in a message
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of these names, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 @dataclass(frozen=True)
