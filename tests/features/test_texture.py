@@ -78,9 +78,23 @@ def test_precision() -> None:
 
 
 def test_the_distance_of_two_waves_in_closed_form() -> None:
-    """Their variograms are even, but for the mirrored edges: (V - V')^2 / 4 V, where V is 0 at whole periods."""
+    """Their variograms are even, but for the mirrored edges: (V - V')^2 / 4 V', where both are 0 at whole periods."""
     wave = torch.sin(torch.arange(256, dtype=torch.float64) * math.pi / 2).expand(1, 1, 64, 256)
     for one, other in ((0.3, 0.8), (0.8, 0.3)):
         v = [(1 - math.cos(right * math.pi / 2)) for _, right in STEPS]
-        expected = sum((one**2 * x - other**2 * x) ** 2 / (4 * (one**2 * x + EPSILON)) for x in v) / len(STEPS)
+        expected = sum((one**2 * x - other**2 * x) ** 2 / (4 * (other**2 * x + EPSILON)) for x in v) / len(STEPS)
         assert float(distance(one * wave, other * wave)) == pytest.approx(expected, rel=0.03)
+
+
+def test_who_is_unsure_how_rough_a_place_is_paints_the_mean_roughness() -> None:
+    """Images of the same grain at three strengths, one reconstruction: the gradients cancel at the mean of V."""
+    images = [strength * grain(0) for strength in (0.2, 1.0, 2.0)]
+    mean = math.sqrt((0.2**2 + 1.0**2 + 2.0**2) / 3)
+
+    def slope(strength: float) -> float:
+        painted = torch.tensor(strength, requires_grad=True)
+        sum(distance(image, painted * grain(0)).sum() for image in images).backward()
+        assert painted.grad is not None
+        return float(painted.grad)
+
+    assert slope(0.97 * mean) < 0 < slope(1.03 * mean)

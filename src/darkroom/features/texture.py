@@ -7,13 +7,15 @@ is how rough the place is. Roughness is told here by the variogram of geostatist
 
 which holds the same as the local autocovariance (V_d = 2 C(0) - 2 C(d)), for a few steps d. Short steps see fine grain;
 the long ones see a repeated pattern, the cheap way of a convolutional decoder to be rough, as the lack of difference
-that it is. Two textures differ by
+that it is. The textures of an image and of its reconstruction (primed) differ by
 
-    (V - V')^2 / 4 W,    W: the image's V over a wider neighbourhood,
+    (V - V')^2 / 4 W,    W: V' over a wider neighbourhood, taken as a constant,
 
 which is near (sqrt V - sqrt V')^2, the squared Wasserstein distance between normal distributions of these differences,
-in the units of a squared error. Unlike that one it is least in the mean at the mean V: a decoder that is unsure how
-rough a place is does not end up too smooth.
+in the units of a squared error. Its gradient is in the direction of (V' - V) / 2 W, and W knows of the image only what
+the reconstruction does: where a decoder cannot tell how rough a place is, the gradient vanishes at V' = E[V], the mean.
+With the image's own roughness as W, the smooth ones among the candidates would count the most, and with the difference
+of roots, all of them too little: either leaves reconstructions too smooth.
 
 Shapes: B batch, C channels, H W image size, N planes.
 """
@@ -37,16 +39,16 @@ EPSILON = 1e-4  # a variance: deviations below 0.01, of images in [-1, 1], hardl
 
 
 class TextureDistance(nn.Module):
-    """(B, C, H, W) of an image and of another, in [-1, 1] -> (B,), in float32 at least; 0 for images of one pixel."""
+    """(B, C, H, W) of an image and its reconstruction, in [-1, 1] -> (B,), in float32 at least; 0 for one pixel."""
 
-    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+    def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-            one, two = (_planes(x.to(dtype)) for x in (image, other))
+            one, two = (_planes(x.to(dtype)) for x in (image, reconstruction))
             distances = [
                 _difference(variogram(one, *step), variogram(two, *step)) for step in STEPS if _fits(step, one)
             ]
-            return torch.stack(distances).mean(0) if distances else (image - other).flatten(1).sum(1) * 0.0
+            return torch.stack(distances).mean(0) if distances else (image - reconstruction).flatten(1).sum(1) * 0.0
 
 
 def variogram(t: Tensor, down: int, right: int) -> Tensor:
@@ -73,6 +75,6 @@ def _fits(step: tuple[int, int], t: Tensor) -> bool:
 
 
 def _difference(v: Tensor, other: Tensor) -> Tensor:
-    """(B, N, h, w) twice -> (B,): summed over planes, mean over places."""
-    wider = F.avg_pool2d(v, WIDER, stride=1, padding=WIDER // 2, count_include_pad=False)
+    """(B, N, h, w) twice, of the image and of the reconstruction -> (B,): summed over planes, mean over places."""
+    wider = F.avg_pool2d(other.detach(), WIDER, stride=1, padding=WIDER // 2, count_include_pad=False)
     return ((v - other).square() / (4.0 * (wider + EPSILON))).sum(1).flatten(1).mean(1)
