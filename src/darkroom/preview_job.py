@@ -22,12 +22,13 @@ from darkroom.data.io import image_grid, write_image
 from darkroom.data.latent_cache import LatentCache
 from darkroom.data.sources import ImageDataset
 from darkroom.errors import DarkroomError
+from darkroom.features.psnr import psnr
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.preview import PreviewDecoder, fitted
 from darkroom.latent_diffusion import to_uint8
 from darkroom.model_io import install_preview
 from darkroom.training.loop import Hooks, LoopResult
-from darkroom.training.preview_step import PreviewRecipe, PreviewStep, batch_posterior, psnr
+from darkroom.training.preview_step import PreviewRecipe, PreviewStep, batch_posterior
 
 if TYPE_CHECKING:
     from darkroom.train_job import _Job

@@ -182,6 +182,36 @@ def test_pickled_arrays_are_refused() -> None:
         read_samples(buffer.getvalue())
 
 
+@pytest.mark.parametrize(
+    ("suffix", "channels", "dtype"),
+    [(".png", 3, "uint8"), (".tif", 3, "uint8"), (".tif", 6, "uint16"), (".exr", 3, "float32")],
+)
+def test_files_that_claim_too_much_are_refused(
+    suffix: str, channels: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = image_bytes(noise(channels, dtype), suffix)
+    assert read_samples(data).values.shape == (9, 7, channels)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match=r"has more than 40 pixels|says that it holds 9 x 7 x [36] numbers"):
+        read_samples(data)
+
+
+def test_arrays_that_are_cut_off_take_no_memory() -> None:
+    data = image_bytes(noise(4, "uint8"), ".npy")
+    with pytest.raises(ValueError, match="cut off"):
+        read_samples(data[:-1])
+    assert b"(9, 7, 4)" in data
+    with pytest.raises(ValueError, match="cut off"):  # 504 TB
+        read_samples(data.replace(b"(9, 7, 4), }          ", b"(9000000, 7000000, 8)}"))
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_arrays_of_each_version(version: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, noise(2, "uint16"), version=version)
+    np.testing.assert_array_equal(read_samples(buffer.getvalue()).values, noise(2, "uint16"))
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".npy", ".exr", ".png"])
 def test_notes_travel(tmp_path: Path, suffix: str) -> None:
     from darkroom.png_settings import read_png_text

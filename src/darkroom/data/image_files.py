@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,8 +61,28 @@ def read_samples(data: bytes, channels: int | None = None) -> Samples:
     """The numbers of an image file as they are. Palettes are resolved; CMYK, YCbCr and Lab become RGB.
 
     channels: how many are wanted; it decides which axis of an array they are.
-    Raises ValueError for what cannot be used, DarkroomError when a library is missing.
+    Raises ValueError for what cannot be used or claims more pixels than `most_pixels`, before memory is taken for them;
+    DarkroomError when a library is missing.
     """
+    try:
+        return _read(data, channels)
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {most_pixels():,} pixels; cut it into parts or scale it down") from None
+
+
+def most_pixels() -> int:
+    """Height times width up to which a file is read: Pillow's bound against files that claim more than they hold."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+
+
+def _check_claim(shape: Sequence[int], itemsize: int) -> None:
+    """A file says how large its array is before it says what is in it: as much as RGBA of most_pixels in float32."""
+    if math.prod(shape) * itemsize > 16 * most_pixels():
+        claim = " x ".join(map(str, shape))
+        raise ValueError(f"says that it holds {claim} numbers, too many to read; cut it into parts or scale it down")
+
+
+def _read(data: bytes, channels: int | None) -> Samples:
     if data.startswith(_NPY):
         return _read_npy(data, channels)
     if data.startswith(_EXR):
@@ -161,12 +182,15 @@ def _decoded(data: bytes, raw_mode: str) -> np.ndarray:
 
 
 def _read_npy(data: bytes, channels: int | None) -> Samples:
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise ValueError("holds Python objects, not numbers; save it with a numeric dtype") from None
-        raise
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects, not numbers; save it with a numeric dtype")
+    if math.prod(shape) * dtype.itemsize > len(data) - file.tell():  # numpy takes memory for what the header says
+        raise ValueError("is cut off: its header says that it holds more numbers than there are; write it again")
+    array = np.load(io.BytesIO(data), allow_pickle=False)
     return Samples(as_image(array, channels), False, "NPY")
 
 
@@ -176,8 +200,9 @@ def _read_tiff(data: bytes, channels: int | None) -> Samples:
         return found
     tifffile = _library("tifffile", "this kind of TIFF")
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages[0]
-        array = file.series[0].asarray()
+        page, series = file.pages[0], file.series[0]
+        _check_claim(series.shape, series.dtype.itemsize)
+        array = series.asarray()
         if array.ndim == 3 and len(file.pages) == array.shape[0] and channels not in (None, array.shape[0]):
             array = page.asarray()  # a stack of pages, of which the first is taken
         if array.ndim > 3:
@@ -213,6 +238,10 @@ def _read_exr(data: bytes) -> Samples:
     with tempfile.TemporaryDirectory() as folder:  # the library takes names only
         path = Path(folder, "image.exr")
         path.write_bytes(data)
+        with openexr.File(str(path), header_only=True) as file:
+            header = file.header()
+            (left, top), (right, bottom) = header["dataWindow"]
+            _check_claim((int(bottom) - int(top) + 1, int(right) - int(left) + 1, len(header["channels"])), 4)
         with openexr.File(str(path), separate_channels=True) as file:
             planes = {name: np.array(channel.pixels) for name, channel in file.channels().items()}
     order = [name for name in "RGBA" if name in planes] + sorted(set(planes) - set("RGBA"))

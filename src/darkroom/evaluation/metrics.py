@@ -9,17 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DATA_RANGE = 2.0
-LEAST_MSE = 1e-10  # images that are equal have 106 dB instead of infinitely many
+from darkroom.features.psnr import DATA_RANGE, check_pair, psnr
+
+__all__ = [
+    "Moments",
+    "codes_used",
+    "frechet_distance",
+    "gradient_energy",
+    "gradient_energy_ratio",
+    "psnr",
+    "ssim",
+]
+
 WINDOW, SIGMA = 11, 1.5  # of SSIM
 K1, K2 = 0.01, 0.03
-
-
-def psnr(image: Tensor, other: Tensor) -> Tensor:
-    """(B, C, H, W) twice -> (B,) float64: 10 log10(4 / mean (x - y)^2) in dB, the mean over channels and pixels."""
-    _check_pair(image, other)
-    error = (image.double() - other.double()).square().flatten(1).mean(1)
-    return 10.0 * torch.log10(DATA_RANGE**2 / error.clamp_min(LEAST_MSE))
 
 
 def ssim(image: Tensor, other: Tensor) -> Tensor:
@@ -32,7 +35,7 @@ def ssim(image: Tensor, other: Tensor) -> Tensor:
     the channels. scikit-image's `structural_similarity(..., gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False, data_range=2)` is the same number.
     """
-    _check_pair(image, other)
+    check_pair(image, other)
     if min(image.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs sides of at least {WINDOW} pixels, got {tuple(image.shape[-2:])}")
     # float32 rounds E[x^2] - E[x]^2 to about 1e-6 of the range, which c2 = 0.0036 hides; float64 leaves no question.
@@ -143,10 +146,3 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
 def codes_used(counts: Tensor) -> float:
     """(K,) occurrences -> share of the codes that occur at all."""
     return float((counts > 0).double().mean())
-
-
-def _check_pair(image: Tensor, other: Tensor) -> None:
-    if image.shape != other.shape or image.ndim != 4:
-        raise ValueError(
-            f"expected two batches of images (B, C, H, W), got {tuple(image.shape)} and {tuple(other.shape)}"
-        )

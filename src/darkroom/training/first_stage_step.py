@@ -22,6 +22,7 @@ from darkroom.errors import DarkroomError
 from darkroom.features.laplacian import NormalisedLaplacianDistance
 from darkroom.features.lpips import load_lpips, lpips_available
 from darkroom.features.perceptual import load_perceptual
+from darkroom.features.psnr import psnr
 from darkroom.features.texture import TextureDistance
 from darkroom.first_stage.autoencoder import Autoencoder
 from darkroom.first_stage.discriminator import Discriminator, DiscriminatorNorm
@@ -167,21 +168,20 @@ class FirstStageStep:
         device = next(self.autoencoder.parameters()).device
         codebook = self.autoencoder.codebook
         used = None if codebook is None else torch.zeros(codebook.size, dtype=torch.int64, device=device)
-        count, psnr, absolute, kl = 0, 0.0, 0.0, 0.0
+        count, decibels, absolute, kl = 0, 0.0, 0.0, 0.0
         for batch in batches:
             image = batch["image"].to(device)
             posterior = self.autoencoder.encode(image)
             reconstruction = self.autoencoder.decode(posterior.mode()).float().clamp(-1.0, 1.0)
-            error = (reconstruction - image).flatten(1)
-            psnr += float((10.0 * torch.log10(4.0 / error.square().mean(1).clamp_min(1e-10))).sum())
-            absolute += float(error.abs().mean(1).sum())
+            decibels += float(psnr(reconstruction, image).sum())
+            absolute += float((reconstruction - image).abs().flatten(1).mean(1).sum())
             kl += float(posterior.kl().sum())
             if codebook is not None and used is not None:
                 used += code_counts(codebook.nearest(posterior.mean), codebook.size)
             count += image.shape[0]
         if count == 0:
             return {}
-        scores = {"psnr": psnr / count, "validation_loss": absolute / count}
+        scores = {"psnr": decibels / count, "validation_loss": absolute / count}
         if used is None:
             return scores | {"validation_kl": kl / count}
         share = float((used > 0).double().mean())

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from darkroom.features.psnr import psnr
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.losses import ReconstructionKind, reconstruction_error
 from darkroom.first_stage.preview import PreviewDecoder, PreviewDecoderConfig
@@ -127,8 +128,3 @@ def batch_posterior(batch: Batch, first_stage: FirstStage) -> Any:
         moments = batch["moments"].to(first_stage.device, torch.float32)
         return first_stage.normalise_posterior(first_stage.from_moments(moments))
     return first_stage.encode(batch["image"].to(first_stage.device))
-
-
-def psnr(output: Tensor, image: Tensor) -> Tensor:
-    """(B,): peak signal-to-noise ratio in dB of images (B, C, H, W) in [-1, 1]."""
-    return 10.0 * torch.log10(4.0 / (output - image).square().flatten(1).mean(1).clamp_min(1e-10))
