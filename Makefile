@@ -45,7 +45,8 @@ $(VENV)/bin/python:
 
 # Torch first, because the same version exists in several builds: the plain wheel for Linux brings some gigabytes of CUDA
 # libraries. Without an NVIDIA driver the CPU build is taken where pip finds one (TORCH_INDEX says where to look), else
-# whatever build the version has.
+# whatever build the version has. torch-fidelity and clean-fid are what the tests compare scores with: their arithmetic
+# alone is used, and torchvision, which both ask for to read pictures, has no CPU build of every version.
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@pip_install() { $(BIN)/python -m pip install -qq --disable-pip-version-check "$$@"; }; \
 	if $(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit(m.version("torch").split("+")[0] != "$(TORCH)")' 2>/dev/null; then \
@@ -62,7 +63,8 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	    pip_install torch==$(TORCH); \
 	fi; \
 	echo "Installing Darkroom and its development tools ..."; \
-	pip_install -c constraints.txt -e '.[dev]'
+	pip_install -c constraints.txt -e '.[dev]'; \
+	pip_install -c constraints.txt --no-deps torch-fidelity clean-fid
 	@touch $@
 
 demo: $(STAMP)

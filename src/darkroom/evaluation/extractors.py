@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,20 @@ from torch import Tensor, nn
 
 from darkroom.config import nearest
 from darkroom.errors import DarkroomError
-from darkroom.features.lpips import LINEAR_FILE, VGG_FILE, load_lpips, lpips_available, weights_folder
+from darkroom.features import inception
+from darkroom.features.clip_image import CLIP_IMAGE_SIZES, clip_file, load_clip_image
+from darkroom.features.dinov2 import DINOV2_SIZES, dinov2_file, load_dinov2
+from darkroom.features.lpips import LINEAR_FILE, VGG_FILE, load_lpips, lpips_available
 from darkroom.features.perceptual import load_perceptual
+from darkroom.features.resizing import resize_bicubic, resize_tf1, shorter_side_and_centre
+from darkroom.features.weight_files import weights_folder
+from darkroom.safe_files import sha256_of
 
 AUTO = "auto"
+DINOV2_SIDE = 224  # of Stein et al. 2023
+# Mean and standard deviation of red, green and blue, in [0, 1], that the networks were trained with.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class Features(NamedTuple):
@@ -100,9 +111,12 @@ def _digest_of_files() -> str:
 
 
 def open_extractor(name: str = AUTO, device: torch.device | str = "cpu") -> Extractor:
-    """A row of `EXTRACTORS`. One whose weights are not there is a DarkroomError that says where to put which file."""
+    """A row of `EXTRACTORS`. One whose weights are not there is a DarkroomError that says where to put which file.
+
+    "auto" is FID's own network where its file is, else the bundled one.
+    """
     if name == AUTO:
-        name = "darkroom"
+        name = "inception-tf" if inception.inception_available() else "darkroom"
     if name not in EXTRACTORS:
         raise DarkroomError(
             f'extractor "{name}" is not known{nearest(name, EXTRACTORS)}; known are {", ".join((AUTO, *EXTRACTORS))}'
@@ -116,7 +130,7 @@ def _darkroom(device: torch.device) -> Extractor:
     network = load_perceptual().to(device)
 
     def look(images: Tensor) -> Features:
-        return Features(network.embed(in_unit_range(images, device) * 2.0 - 1.0), None)
+        return Features(network.embed(_pixels(images, device) / 127.5 - 1.0), None)
 
     return Extractor(
         name="darkroom",
@@ -130,9 +144,95 @@ def _darkroom(device: torch.device) -> Extractor:
     )
 
 
-def in_unit_range(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [0, 1]."""
-    return images.to(device).movedim(-1, 1).float() / 255.0
+def _inception(device: torch.device, clean: bool) -> Extractor:
+    """FID's network, by the protocol of the TensorFlow program or that of clean-fid (Parmar et al. 2022). Weights in
+    the same layout that are not the published ones give scores of another name."""
+    path = inception.inception_file()
+    weights = sha256_of(path)
+    network = inception.load_inception(path).to(device)
+    size = (inception.SIDE, inception.SIDE)
+
+    def look(images: Tensor) -> Features:
+        pixels = _pixels(images, device)
+        pixels = resize_bicubic(pixels, size, rounded=False) if clean else resize_tf1(pixels, size)
+        # 128 is zero, so that white is 0.992: so does the graph, whose first operations these are.
+        found = network(_channels_last((pixels - 128.0) / 128.0))
+        return Features(found.embedding, found.logits.softmax(1))
+
+    ending = "-clean" if clean else ""
+    other = "" if weights.startswith(inception.PUBLISHED) else f"-inception-{weights[:8]}"
+    rule = "bicubic as Pillow on floats, smoothed (clean-fid)" if clean else "bilinear as TensorFlow 1"
+    return Extractor(
+        name="inception-clean" if clean else "inception-tf",
+        fd_name=f"FD{other}{ending}" if other else f"FID{ending}",
+        kd_name=f"KD{other}{ending}" if other else f"KID{ending}",
+        width=inception.WIDTH,
+        resize=f"to 299x299, {rule}; (x - 128) / 128",
+        weights=weights,
+        has_classes=True,
+        look=look,
+    )
 
 
-EXTRACTORS: dict[str, Callable[[torch.device], Extractor]] = {"darkroom": _darkroom}
+def _dinov2(device: torch.device, size: str) -> Extractor:
+    path = dinov2_file(size)
+    network = load_dinov2(size, path).to(device)
+
+    def look(images: Tensor) -> Features:
+        pixels = resize_bicubic(_pixels(images, device), (DINOV2_SIDE, DINOV2_SIDE), rounded=True)
+        return Features(network(_standardised(pixels, IMAGENET)), None)
+
+    return Extractor(
+        name=f"dinov2-{size}",
+        fd_name=f"FD-dinov2-{size}",
+        kd_name=f"KD-dinov2-{size}",
+        width=network.config.width,
+        resize=f"to {DINOV2_SIDE}x{DINOV2_SIDE}, bicubic as Pillow on bytes; statistics of ImageNet",
+        weights=sha256_of(path),
+        has_classes=False,
+        look=look,
+    )
+
+
+def _clip(device: torch.device, size: str) -> Extractor:
+    path = clip_file(size)
+    network = load_clip_image(size, path).to(device)
+    side = network.config.side
+
+    def look(images: Tensor) -> Features:
+        pixels = shorter_side_and_centre(_pixels(images, device), side)
+        return Features(network(_standardised(pixels, CLIP)), None)
+
+    return Extractor(
+        name=f"clip-{size}",
+        fd_name=f"FD-clip-{size}",
+        kd_name=f"KD-clip-{size}",
+        width=network.config.projected,
+        resize=f"shorter side to {side}, bicubic as Pillow on bytes, centre; statistics of CLIP",
+        weights=sha256_of(path),
+        has_classes=False,
+        look=look,
+    )
+
+
+def _pixels(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [0, 255]."""
+    return images.to(device).movedim(-1, 1).contiguous().float()
+
+
+def _standardised(pixels: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in statistics)
+    return (pixels / 255.0 - mean) / std
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+EXTRACTORS: dict[str, Callable[[torch.device], Extractor]] = {
+    "inception-tf": partial(_inception, clean=False),
+    "inception-clean": partial(_inception, clean=True),
+    **{f"dinov2-{size}": partial(_dinov2, size=size) for size in DINOV2_SIZES},
+    **{f"clip-{size}": partial(_clip, size=size) for size in CLIP_IMAGE_SIZES},
+    "darkroom": _darkroom,
+}

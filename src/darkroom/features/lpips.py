@@ -6,8 +6,6 @@ The state-dict keys are those of the first-stage checkpoints (`net.slice1.0.weig
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
+from darkroom.features.weight_files import read_weights, weights_folder
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's ImageNet weights
 LINEAR_FILE = "vgg.pth"  # the linear heads: lpips/weights/v0.1/vgg.pth of the authors' repository
@@ -107,11 +106,6 @@ def _unit(features: Tensor) -> Tensor:
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
-def weights_folder() -> Path:
-    """Where downloaded feature weights live: $DARKROOM_WEIGHTS, else ~/.cache/darkroom/weights."""
-    return Path(os.environ.get("DARKROOM_WEIGHTS") or Path.home() / ".cache" / "darkroom" / "weights").expanduser()
-
-
 def lpips_available(folder: Path | None = None) -> bool:
     """True when both published files are in `folder` (default: `weights_folder()`)."""
     folder = folder or weights_folder()
@@ -128,7 +122,7 @@ def load_lpips(folder: Path | None = None) -> LPIPS:
             f"the linear heads lpips/weights/v0.1/vgg.pth) into {folder} or set DARKROOM_WEIGHTS, "
             "or use perceptual=laplacian"
         )
-    return lpips_from_published(_read(folder / VGG_FILE), _read(folder / LINEAR_FILE))
+    return lpips_from_published(read_weights(folder / VGG_FILE), read_weights(folder / LINEAR_FILE))
 
 
 def lpips_from_published(vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> LPIPS:
@@ -146,12 +140,3 @@ def lpips_from_published(vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]
         state[key] = source[name]
     model.load_state_dict(state, strict=True)
     return model
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # tensors only: no code is run
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DarkroomError(
-            f"{path}: not a readable weights file ({str(error).splitlines()[0]}); download it again"
-        ) from error
