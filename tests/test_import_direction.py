@@ -87,6 +87,7 @@ COMPOSE = (
     "perceptual_job",
     "preview_job",
     "remeasure",
+    "clip_reader",
     "train_job",
     "eval_job",
     "study",
