@@ -98,6 +98,16 @@ def test_tuning_all_of_it_makes_new_latents(recipe: str, model: Path, tmp_path: 
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), atol=0.05, rtol=0)
 
 
+def test_grain_is_given_to_a_decoder_whose_latents_stay(model: Path, tmp_path: Path) -> None:
+    train("first-stage-grain", tmp_path / "run", init_from=model, overrides=SHORT, quiet=True)
+    old, new = darkroom.load(model), darkroom.load(tmp_path / "run")
+    one, other = (getattr(m, "first_stage", m) for m in (old, new))
+    assert one.autoencoder.decoder.grain is None and other.autoencoder.decoder.grain is not None
+    assert encoder_fingerprint(one.autoencoder) == encoder_fingerprint(other.autoencoder)
+    weight = other.autoencoder.decoder.grain.strength.weight
+    assert float(weight.abs().max()) > 0  # it began as zeros
+
+
 def test_the_codebook_stays_with_the_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first_stage = build_first_stage(FIRST_STAGE | {"kind": "vq", "codebook_size": 8})

@@ -6,7 +6,7 @@ Every part remembers the plain dict it was built from as `part.config_dict`, whi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,10 +39,13 @@ def build_first_stage(config: Mapping[str, Any]) -> FirstStage:
     return first_stage
 
 
-def with_grain(first_stage: FirstStage) -> FirstStage:
-    """The same first stage, whose decoder has noise to draw texture from, and does not use it yet."""
+def with_grain(first_stage: FirstStage, place: Literal["levels", "output"] | None) -> FirstStage:
+    """The same first stage, whose decoder has noise to draw texture from, and does not use it yet: at each of its
+    levels, or (faintly) on its image. None: as it is."""
+    if place is None:
+        return first_stage
     config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
-    result = build_first_stage(config | {"decoder_grain": True})
+    result = build_first_stage(config | {"decoder_grain" if place == "levels" else "output_grain": True})
     result.load_state_dict(result.state_dict() | first_stage.state_dict())
     result.preview = first_stage.preview
     return result.to(first_stage.shift.device)

@@ -151,7 +151,7 @@ class Planner:
         choice = self.recipe.first_stage
         if choice.train is not None and choice.train.init_from is not None:
             first_stage = load_first_stage(choice.train.init_from, torch.device("cpu"))
-            return (with_grain(first_stage) if choice.train.add_grain else first_stage).requires_grad_(True)
+            return with_grain(first_stage, choice.train.add_grain).requires_grad_(True)
         if choice.train is not None:
             pixels = to_dict(self.recipe.data.pixel_format)
             return build_first_stage(to_dict(choice.train.autoencoder) | {"pixels": pixels})

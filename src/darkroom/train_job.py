@@ -394,7 +394,7 @@ class _Job:
         torch.manual_seed(config.seed)
         if config.init_from is not None:
             first_stage = load_first_stage(config.init_from, self.device)
-            first_stage = (with_grain(first_stage) if config.add_grain else first_stage).requires_grad_(True)
+            first_stage = with_grain(first_stage, config.add_grain).requires_grad_(True)
         else:
             first_stage = build_first_stage(to_dict(config.autoencoder) | {"pixels": to_dict(self.data.pixels)})
             quieten_posterior(first_stage.trainable, config.objective.initial_posterior_std)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from darkroom.first_stage.autoencoder import Autoencoder, AutoencoderConfig
-from darkroom.first_stage.grain import Grain
+from darkroom.first_stage.grain import Grain, OutputGrain
 
 TINY: dict[str, Any] = {
     "channels": 8,
@@ -32,6 +32,7 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
     },
     "f1": {"channel_mult": (1,)},
     "grain": {"channel_mult": (1, 2, 3), "decoder_grain": True},
+    "output grain": {"channel_mult": (1, 2, 3), "output_grain": True},
 }
 
 
@@ -45,4 +46,6 @@ def make_autoencoder(name: str) -> Autoencoder:
         for module in autoencoder.modules():
             if isinstance(module, Grain):  # it begins as nothing
                 torch.nn.init.normal_(module.project.weight)
+            if isinstance(module, OutputGrain):
+                torch.nn.init.normal_(module.strength.weight)
     return autoencoder.requires_grad_(False)

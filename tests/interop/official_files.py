@@ -63,6 +63,7 @@ def official_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "decoder_channels": None,
         "decoder_num_res_blocks": None,
         "decoder_grain": False,
+        "output_grain": False,
     }
 
 

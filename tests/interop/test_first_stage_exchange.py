@@ -296,6 +296,7 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     refused("decoder of other widths", own_first_stage(decoder_channels=32), "diffusers")
     refused("decoder with grain", own_first_stage(decoder_grain=True), "diffusers")
     refused("decoder with grain", own_first_stage(channels=32, norm_groups=32, decoder_grain=True), "compvis", "a.ckpt")
+    refused("image with grain", own_first_stage(output_grain=True), "diffusers")
     refused("first level of 2 times", own_first_stage(channel_mult=[2, 2]), "diffusers")
     refused("VQModel has no place for the shift 0.25", own_first_stage(codebook_size=9), "diffusers")
     per_channel = own_first_stage(channels=32, norm_groups=32)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
-from darkroom.first_stage.grain import Grain
+from darkroom.first_stage.grain import Grain, OutputGrain
 from darkroom.first_stage.posterior import Posterior
 from darkroom.first_stage.quantizer import Codebook, precise
 from darkroom.kernels import Conv1x1, Conv3x3, norm, norm_silu, upsample_conv
@@ -44,6 +44,7 @@ class AutoencoderConfig:
     decoder_channels: int | None = None  # None: like the encoder
     decoder_num_res_blocks: int | None = None  # None: like the encoder; the decoder has one more per level
     decoder_grain: bool = False  # noise for the decoder to draw texture from (grain.py), at each level it upsamples to
+    output_grain: bool = False  # noise on the decoder's image, as strong as its last features say (grain.py)
 
 
 class Autoencoder(nn.Module):
@@ -99,6 +100,11 @@ class Autoencoder(nn.Module):
         if self.quantize is not None and quantize:
             latent = self.quantize(latent)
         return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
+
+    def decode_parts(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, E, h, w), of VQ quantised -> the mean (B, C, H, W), and (B, 1, H, W) or None: the grain that `decode`
+        adds to it. The grain's gradient ends at its own weights."""
+        return self.decoder.parts(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
 
     def forward(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Posterior]:
         """The reconstruction of `image` from one sample, and the posterior."""
@@ -203,12 +209,19 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(levels)
         self.norm_out = make_norm(width, groups)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.grain = OutputGrain(width) if config.output_grain else None
 
     def forward(self, z: Tensor) -> Tensor:
+        mean, grain = self.parts(z)
+        return mean if grain is None else mean + grain
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mean (B, C, H, W), and the grain (B, 1, H, W), of which the features before it learn nothing."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(norm_silu(self.norm_out, x))
+        features = norm_silu(self.norm_out, x)
+        return self.conv_out(features), None if self.grain is None else self.grain(features.detach())
 
 
 class Level(nn.Module):

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Attention, Autoencoder, Bottleneck, Level, ResBlock
-from darkroom.first_stage.grain import Grain
+from darkroom.first_stage.grain import BANDS, Grain, OutputGrain
 from darkroom.first_stage.quantizer import Codebook
 
 
@@ -97,6 +98,20 @@ class AddGrain:
 
 
 @dataclass(frozen=True)
+class AddOutputGrain:
+    """Of C + K channels the last K are the strength of the grain that is added to the others."""
+
+    grain: OutputGrain
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0)
+
+    def rows(self, x: Tensor, start: int) -> Tensor:
+        """(B, C + K, n, W): the rows from `start` on -> (B, C, n, W)."""
+        return x[:, :-BANDS] + self.grain.of_strength(x[:, -BANDS:], start)
+
+
+@dataclass(frozen=True)
 class Quantise:
     """The nearest code at each position."""
 
@@ -106,7 +121,7 @@ class Quantise:
         return self.codebook.lookup(self.codebook.nearest(z)).to(z.dtype)
 
 
-Operation: TypeAlias = Convolution | Norm | Upsample | Remember | Add | Attend | AddGrain | Quantise
+Operation: TypeAlias = Convolution | Norm | Upsample | Remember | Add | Attend | AddGrain | AddOutputGrain | Quantise
 
 
 def encoder_operations(autoencoder: Autoencoder) -> list[Operation]:
@@ -140,7 +155,10 @@ def decoder_operations(autoencoder: Autoencoder, quantize: bool = True) -> list[
         operations += _level(level)
         if level.upsample is not None:
             operations += [Upsample(), _same(level.upsample.conv)]
-    return [*operations, Norm(decoder.norm_out, silu=True), _same(decoder.conv_out)]
+    operations.append(Norm(decoder.norm_out, silu=True))
+    if decoder.grain is None:
+        return [*operations, _same(decoder.conv_out)]
+    return [*operations, _same(_beside(decoder.conv_out, decoder.grain.strength)), AddOutputGrain(decoder.grain)]
 
 
 def run(operations: Iterable[Operation], x: Tensor) -> Tensor:
@@ -162,6 +180,8 @@ def shapes(operations: Sequence[Operation], channels: int, height: int, width: i
     for operation in operations:
         if isinstance(operation, Convolution):
             channels, (height, width) = operation.conv.out_channels, operation.size(height, width)
+        elif isinstance(operation, AddOutputGrain):
+            channels -= BANDS
         elif isinstance(operation, Upsample):
             height, width = 2 * height, 2 * width
         yield channels, height, width
@@ -172,6 +192,15 @@ def _same(conv: nn.Conv2d) -> Convolution:
     assert isinstance(conv.padding, tuple)
     height, width = conv.padding
     return Convolution(conv, (width, width, height, height))
+
+
+def _beside(one: nn.Conv2d, other: nn.Conv2d) -> nn.Conv2d:
+    """One convolution that gives the channels of both, of 3x3 places and the same input."""
+    assert one.bias is not None and other.bias is not None
+    both = nn.Conv2d(one.in_channels, one.out_channels + other.out_channels, 3, padding=1, device="meta")
+    both.weight = nn.Parameter(torch.cat([one.weight, other.weight]), requires_grad=False)
+    both.bias = nn.Parameter(torch.cat([one.bias, other.bias]), requires_grad=False)
+    return both
 
 
 def _level(level: Level) -> Iterator[Operation]:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darkroom.first_stage.grain import Grain
+from darkroom.first_stage.grain import BANDS, Grain
 from darkroom.first_stage.maps import Shape, Source, StoredMap
-from darkroom.first_stage.operations import Attend, Convolution
+from darkroom.first_stage.operations import AddOutputGrain, Attend, Convolution
 from darkroom.first_stage.quantizer import precise
 from darkroom.kernels import linear
 
@@ -225,6 +225,23 @@ class Grained(Computed):
     def compute(self, start: int, stop: int) -> Tensor:
         rows = self.source.rows(start, stop)
         return rows + _rows(self._grain.rows(start, stop, self.shape.width)).to(rows.dtype)
+
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
+
+    def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
+        return self.source.reads(start)
+
+
+class OutputGrained(Computed):
+    def __init__(self, source: Source, operation: AddOutputGrain) -> None:
+        shape = source.shape
+        super().__init__(Shape(shape.height, shape.width, shape.channels - BANDS))
+        self.source, self._operation = source, operation
+
+    def compute(self, start: int, stop: int) -> Tensor:
+        return _rows(self._operation.rows(_image(self.source.rows(start, stop)), start))
 
     @property
     def widest(self) -> int:

@@ -31,6 +31,7 @@ from darkroom.first_stage.maps import MemoryMap, Shape, Source, StoredMap, Works
 from darkroom.first_stage.operations import (
     Add,
     AddGrain,
+    AddOutputGrain,
     Attend,
     Convolution,
     Norm,
@@ -49,6 +50,7 @@ from darkroom.first_stage.strips import (
     Convolved,
     Grained,
     Normalised,
+    OutputGrained,
     Statistics,
     Sum,
     Upsampled,
@@ -210,6 +212,8 @@ class _Run:
                 self.current = Attended(current, operation)
             case AddGrain(grain):
                 self.current = Grained(current, grain)
+            case AddOutputGrain():
+                self.current = OutputGrained(current, operation)
             case Quantise():
                 # A latent is small; as a whole it is compared exactly as the network does it, near ties included.
                 z = current.rows(0, current.shape.height).permute(2, 0, 1)

@@ -182,6 +182,7 @@ def infer_config(shapes: Shapes, where: str) -> dict[str, Any]:
         "decoder_channels": None if decoder_channels == channels else decoder_channels,
         "decoder_num_res_blocks": None if decoder.blocks == encoder.blocks + 1 else decoder.blocks - 1,
         "decoder_grain": False,
+        "output_grain": False,
     }
 
 
@@ -244,6 +245,7 @@ def refuse_what_compvis_lacks(config: Mapping[str, Any]) -> None:
         (groups != {NORM_GROUPS}, f"norms of {' and '.join(map(str, sorted(groups)))} groups (it has {NORM_GROUPS})"),
         (config["codebook_size"] is not None and not config["quant_conv"], "a VQ autoencoder without quant_conv"),
         (config.get("decoder_grain", False), "a decoder with grain (decoder_grain)"),
+        (config.get("output_grain", False), "an image with grain (output_grain)"),
     ):
         if is_lacking:
             raise DarkroomError(f"the official code has no {what}; this first stage cannot be written in its layout")

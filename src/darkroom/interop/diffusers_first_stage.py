@@ -218,6 +218,7 @@ def from_diffusers_config(config: Mapping[str, Any], where: str) -> tuple[dict[s
         "decoder_channels": None,
         "decoder_num_res_blocks": None,
         "decoder_grain": False,
+        "output_grain": False,
     }
     return fields, *get.shift_and_scale(embed_dim)
 
@@ -272,6 +273,7 @@ def refuse_what_diffusers_lacks(config: Mapping[str, Any]) -> None:
     for is_lacking, what in (
         (own_decoder, "a decoder of other widths or depths than the encoder's"),
         (config.get("decoder_grain", False), "a decoder with grain (decoder_grain)"),
+        (config.get("output_grain", False), "an image with grain (output_grain)"),
         (config["channel_mult"][0] != 1, f"a first level of {config['channel_mult'][0]} times the width before it"),
         (differs and not is_vq, f"{config['z_channels']} channels around {config['embed_dim']} latent ones (KL)"),
         (is_vq and not config["quant_conv"], "a VQ autoencoder without quant_conv"),

@@ -128,6 +128,8 @@ class FirstStageStep:
         for part in (autoencoder.encoder, autoencoder.quant_conv, autoencoder.codebook):
             if part is not None:
                 part.requires_grad_(config.train_encoder)
+        if autoencoder.decoder.grain is not None:  # nothing else teaches it
+            autoencoder.decoder.grain.requires_grad_(config.texture_weight > 0)
         self.perceptual = resolve_perceptual(config, autoencoder.config.out_channels)
         self.likelihood = Likelihood(config)
         self.pairs = Pairs()
@@ -285,25 +287,28 @@ class AutoencoderPhase(nn.Module):
         z = posterior.sample_with(noise)
         if config.decoder_noise > 0:  # one draw of the joint variance: std^2 + decoder_noise^2
             z = posterior.mean + torch.sqrt(posterior.variance + config.decoder_noise**2) * noise
-        if codebook is None:
-            output = self.autoencoder.decode(z)
-        else:
+        if codebook is not None:
             indices = codebook.nearest(z)
             quantised = codebook.lookup(indices)
-            given = z if train_step < config.quantize_start else straight_through(z, quantised)
-            output = self.autoencoder.decode(given, quantize=False)
+            z = z if train_step < config.quantize_start else straight_through(z, quantised)
+        output, grain = self.autoencoder.decode_parts(z)
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
         leaf = precise(output.detach()).requires_grad_()
+        # Grain on the image learns from textures alone, and the image below it from all else but these.
+        shown = leaf if grain is None else leaf + precise(grain.detach())
         adversarial = distance = None
         if discriminator is not None and factor > 0:
             real = None
             if config.discriminator_loss == "relativistic":
                 with torch.no_grad():
                     real = precise(discriminator(image))
-            adversarial = adversarial_loss(precise(discriminator(leaf)), real)
+            adversarial = adversarial_loss(precise(discriminator(shown)), real)
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
-        texture = None if self._frozen.texture is None else self._frozen.texture(precise(image), leaf)
+        texture = None
+        if self._frozen.texture is not None:
+            painted = leaf if grain is None else leaf.detach() + precise(grain)
+            texture = self._frozen.texture(precise(image), painted)
         with torch.autocast(image.device.type, enabled=False):
             error = reconstruction_error(precise(image), leaf, config.reconstruction, config.chroma_weight)
             metrics = {"reconstruction": error.detach().mean()}
@@ -312,7 +317,8 @@ class AutoencoderPhase(nn.Module):
                 error = error + config.perceptual_weight * precise(distance).view(-1, 1, 1, 1)
             if texture is not None:
                 metrics["texture"] = texture.detach().mean()
-                error = error + config.texture_weight * texture.view(-1, 1, 1, 1)
+                if grain is None:
+                    error = error + config.texture_weight * texture.view(-1, 1, 1, 1)
             log_variance = self.likelihood.log_variance
             # VQ: means over elements instead of sums, before the adaptive weight is taken.
             unit = 1.0 if codebook is None else 1.0 / image[0].numel()
@@ -326,8 +332,10 @@ class AutoencoderPhase(nn.Module):
                 total = total + weight * factor * adversarial.detach()
                 metrics |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
             if discriminator is not None and train_step >= discriminator_begins(config):
-                self.pairs.push(train_step, image, leaf)
+                self.pairs.push(train_step, image, shown)
             loss = _WithGradient.apply(output, gradient, total)
+            if grain is not None and texture is not None:
+                loss = loss + (config.texture_weight * unit * image[0].numel()) * texture.mean()
             metrics["nll"] = nll.detach()
             if codebook is None:
                 kl = posterior.kl().mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -32,13 +32,14 @@ class FirstStageRecipe(LoopConfig):
     init_from: a model whose first stage to start from (its network is then taken, not `autoencoder`). With
         `objective.train_encoder: false` its shift and scale stay too, so that denoisers trained on it keep working.
     autoencoder: the network; its in_channels and out_channels follow from `data.channels`. null: that of `init_from`
-    add_grain: give the decoder of `init_from` noise to draw texture from, if it has none (`autoencoder.decoder_grain`)
+    add_grain: give the decoder of `init_from` noise to draw texture from, if it has none: at each of its "levels"
+        (`autoencoder.decoder_grain`) or on its "output" (`autoencoder.output_grain`)
     latents: how shift and scale are measured: one mean and standard deviation ("global"), one per latent channel
         ("channel"), or one standard deviation alone, shift 0 ("std", the paper's)
     """
 
     init_from: str | None = None
-    add_grain: bool = False
+    add_grain: Literal["levels", "output"] | None = None
     latents: LatentStatistics = "global"
     autoencoder: AutoencoderConfig | None = field(default_factory=AutoencoderConfig)
     objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)
