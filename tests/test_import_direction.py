@@ -61,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     # previews and metrics come in as hooks: never latent_diffusion, never evaluation
     "training": {"objective", "denoiser", "conditioning", "first_stage", "features", "diffusion", "data"},
-    "evaluation": {"latent_diffusion", "first_stage", "features", "data"},
+    # conditions as requests, and bits per dimension, which are the objective's
+    "evaluation": {"latent_diffusion", "conditioning", "objective", "diffusion", "first_stage", "features", "data"},
     # words and files about runs and models; no tensors
     "reconstruction": {"first_stage"},
     "png_settings": {"data"},
@@ -72,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_card": {"report_tables"},
     "report": {"report_charts", "report_tables", "model_card"},
     "report_evaluation": {"report", "report_charts", "report_tables"},
+    "report_scores": {"evaluation", "report", "report_charts", "report_tables"},
     "study_picture": {"report_evaluation", "report_charts", "report_tables"},
 }
 # What puts the parts together may import everything that does not stand above it.
@@ -88,8 +90,13 @@ COMPOSE = (
     "preview_job",
     "remeasure",
     "clip_reader",
+    "eval_places",
+    "scoring_result",
+    "scoring",
     "train_job",
     "eval_job",
+    "repeat",
+    "blind",
     "study",
     "serving",
     "cli",

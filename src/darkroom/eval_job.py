@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -24,15 +23,16 @@ from darkroom.data.locations import is_shapes, part_of
 from darkroom.data.records import read_parts
 from darkroom.data.sources import SYNTHETIC, DataConfig, ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
+from darkroom.eval_places import model_name, trained_size
+from darkroom.evaluation.environment import hardware
 from darkroom.evaluation.first_stage import FirstStageScores, evaluate_first_stage
 from darkroom.first_stage.artefacts import FlatColourResult, flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
-from darkroom.model_folder import find_source, is_model_folder, read_index
+from darkroom.model_folder import is_model_folder
 from darkroom.model_io import load_first_stage, select_device
 from darkroom.pixel_format import PixelFormat
 from darkroom.report_evaluation import evaluation_page
 from darkroom.safe_files import write_file
-from darkroom.train_job import hardware
 
 DEFAULT_SIZE = 256  # the paper's, where a model does not say what it was trained on
 SHOWN = 16
@@ -89,32 +89,6 @@ def evaluate(
     )
     write_evaluation(folder, scores, name, flat_colour_test(first_stage))
     return Evaluation(folder, scores)
-
-
-def model_name(model: str | os.PathLike[str]) -> str:
-    """runs/kl-f4/model -> "kl-f4", kl-f8.ckpt -> "kl-f8", emoji -> "emoji"."""
-    path = Path(model)
-    name = path.resolve().parent.name if path.name in ("model", "first_stage") else path.resolve().name
-    return name if path.is_dir() else name.removesuffix(path.suffix)
-
-
-def trained_size(model: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """(width, height) of the images that a model was trained on, where it or the run around it says so."""
-    path = find_source(os.fspath(model))
-    found: Any = None
-    if path.is_dir() and is_model_folder(path):
-        info = read_index(path).info
-        found = (info.get("defaults") or {}).get("size") or (info.get("data") or {}).get("size")
-    config = path.parent / "config.yaml"
-    if found is None and config.is_file():
-        try:
-            found = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["size"]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-            return None  # not the config of a run
-    sides = [found, found] if isinstance(found, int) else found
-    if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
-        return sides[0], sides[1]
-    return None
 
 
 def open_images(places: Sequence[str], size: int | tuple[int, int], first_stage: FirstStage) -> dict[str, ImageDataset]:

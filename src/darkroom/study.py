@@ -26,6 +26,7 @@ from darkroom.data.latent_cache import module_hash
 from darkroom.data.sources import ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.eval_job import displayed, open_images, write_evaluation
+from darkroom.evaluation.environment import hardware
 from darkroom.evaluation.first_stage import evaluate_first_stage
 from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
@@ -34,7 +35,7 @@ from darkroom.recipe_source import resumed_recipe
 from darkroom.report_evaluation import study_page
 from darkroom.safe_files import read_json, write_file
 from darkroom.study_picture import study_picture
-from darkroom.train_job import hardware, train
+from darkroom.train_job import train
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe, recipe_names, resolve
 
 PREFIX = "study-"

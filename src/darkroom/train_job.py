@@ -43,6 +43,7 @@ from darkroom.data.pixels import converted, resolve_pixels
 from darkroom.data.sources import open_dataset
 from darkroom.denoiser import Denoiser, DenoiserConfig
 from darkroom.errors import DarkroomError
+from darkroom.evaluation.environment import hardware
 from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.identity import IdentityAutoencoder
@@ -646,21 +647,6 @@ def with_pixels(recipe: Recipe) -> Recipe:
         if data.pixels in ("auto", pixels.dtype) and data.value_range is None:
             data = replace(data, pixels=pixels.dtype, value_range=(pixels.low, pixels.high))
     return replace(recipe, data=resolve_pixels(data))
-
-
-def hardware(device: torch.device) -> str:
-    """What the numbers were made on, in a few words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def _stage_summary(stage: str, result: LoopResult) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_held_out_parts_are_taken_where_the_source_has_them(run: Run, models: Pa
 
 def test_eval_refuses_bad_input(refused: Callable[..., str], models: Path, tmp_path: Path) -> None:
     model, data = models / "fs", pictures(tmp_path / "photos", 2)
-    assert "only first stages" in refused("eval", data)
+    assert "--first-stage MODEL DATA" in refused("eval")
     assert "nothing to evaluate on" in refused("eval", "--first-stage", model)
     assert "no model" in refused("eval", "--first-stage", "absent", data)
     assert "no first stage" in refused("eval", "--first-stage", models / "bare", data)

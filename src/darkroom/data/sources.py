@@ -14,6 +14,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -270,8 +271,9 @@ class ShapesDataset(ImageDataset):
         return self._captions
 
 
-def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
-    """The examples of one split."""
+def open_dataset(config: DataConfig, split: str = "train", in_memory: bool = True) -> ImageDataset:
+    """The examples of one split. in_memory: decode a small set of files once, when it is opened; otherwise nothing is
+    held, and an unreadable picture is met, and replaced by the next one, when its turn comes."""
     if split not in SPLITS:
         raise DarkroomError(f"split {split!r} does not exist; use train or validation")
     _ = config.width_height, config.crop_width_height  # complain about impossible sizes before any file is read
@@ -283,7 +285,8 @@ def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
     if config.low_resolution is not None or config.repaint_mask is not None:
         from darkroom.data.derived import DerivedDataset
 
-        return DerivedDataset(open_dataset(replace(config, low_resolution=None, repaint_mask=None), split), config)
+        plain = replace(config, low_resolution=None, repaint_mask=None)
+        return DerivedDataset(open_dataset(plain, split, in_memory), config)
     if config.is_shapes:
         return ShapesDataset(config, split)
     if config.is_synthetic:
@@ -296,5 +299,5 @@ def open_dataset(config: DataConfig, split: str = "train") -> ImageDataset:
 
     named = config.validation if isinstance(config.validation, (str, list)) else ""
     if is_mixture(config.source) or isinstance(named, list) or is_mixture(named):
-        return MixtureDataset(config, split, open_dataset)
-    return PictureDataset(config, split)
+        return MixtureDataset(config, split, partial(open_dataset, in_memory=in_memory))
+    return PictureDataset(config, split) if in_memory else PictureDataset(config, split, in_memory_bytes=0)

@@ -141,8 +141,8 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3) -> Precisio
     """
     _check_features(real, generated)
     return PrecisionRecall(
-        precision=_share_inside(generated, real, neighbour_radii(real, k)),
-        recall=_share_inside(real, generated, neighbour_radii(generated, k)),
+        precision=float(inside(generated, real, neighbour_radii(real, k)).double().mean()),
+        recall=float(inside(real, generated, neighbour_radii(generated, k)).double().mean()),
     )
 
 
@@ -153,14 +153,22 @@ def density_coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> DensityC
     one stray real sample adds little, and may be above 1. Coverage: share of the balls with a generated sample inside.
     What lies on the edge of a ball is outside, as in the authors' program.
     """
+    balls, covered = density_hits(real, generated, k)
+    return DensityCoverage(float(balls.mean()), float(covered.double().mean()))
+
+
+def density_hits(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `density_coverage` takes the means of: (M,) float64, in how many balls each generated sample lies divided by
+    k, and (N,) bool, which balls have a generated sample inside."""
     _check_features(real, generated)
     radii = neighbour_radii(real, k).square() * (1 - TIE)
-    balls, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    balls: list[Tensor] = []
+    covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows in generated.split(_rows(len(real))):
-        inside = squared_distances(rows, real) < radii
-        balls += int(inside.sum())
-        covered |= inside.any(0)
-    return DensityCoverage(balls / (k * len(generated)), float(covered.double().mean()))
+        hits = squared_distances(rows, real) < radii
+        balls.append(hits.sum(1).double() / k)
+        covered |= hits.any(0)
+    return torch.cat(balls), covered
 
 
 def neighbour_radii(x: Tensor, k: int) -> Tensor:
@@ -178,11 +186,11 @@ def neighbour_radii(x: Tensor, k: int) -> Tensor:
     return torch.cat(found).sqrt()
 
 
-def _share_inside(samples: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of the samples that lie in a ball around one of the centres, or on its edge."""
+def inside(samples: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """(n, D), (N, D), (N,) -> (n,) bool: which samples lie in a ball around one of the centres, or on its edge."""
     reach = radii.square() * (1 + TIE)
-    hits = [(squared_distances(rows, centres) <= reach).any(1) for rows in samples.split(_rows(len(centres)))]
-    return float(torch.cat(hits).double().mean())
+    rows = samples.split(_rows(len(centres)))
+    return torch.cat([(squared_distances(part, centres) <= reach).any(1) for part in rows])
 
 
 class NeighbourSearch:

@@ -1,0 +1,362 @@
+"""`darkroom eval MODEL DATA`: a model or images in, a record of scores out, however large the sets are.
+
+open both -> look at the reference, the training images and the samples, part by part (kept on the disk, divided among
+processes, resumed) -> scores -> scores.json, samples.png, neighbours.png, report.html
+
+Shapes: B batch, H W image size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darkroom.config import to_dict
+from darkroom.data.io import write_image
+from darkroom.data.latent_cache import module_hash
+from darkroom.data.locations import spread
+from darkroom.errors import DarkroomError
+from darkroom.eval_places import (
+    Size,
+    is_images,
+    model_name,
+    open_reference,
+    open_training,
+    open_whole,
+    stored_size,
+    trained_size,
+    with_derived_fields,
+)
+from darkroom.evaluation.checks import PAIRED, is_shapes_set, pair_check, shapes_check
+from darkroom.evaluation.extractors import Extractor, default_extractors, open_extractor
+from darkroom.evaluation.feature_files import FeatureFiles, PictureSource, observe
+from darkroom.evaluation.likelihood import LEVELS, BoundSource
+from darkroom.evaluation.measure import (
+    METRICS,
+    Seen,
+    check_metrics,
+)
+from darkroom.evaluation.picture_sources import Check, GeneratedPictures, GenerationSettings, StoredPictures
+from darkroom.evaluation.protocol import Extraction, Record
+from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.model_io import load, select_device
+from darkroom.pixel_format import PixelFormat
+from darkroom.safe_files import read_json, write_file
+from darkroom.scoring_result import PARTS, RECORD, SHOWN, finish
+from darkroom.training.distributed import World
+
+READ_PART = 64  # stored images that are looked at together
+MOST_SAMPLES = 10_000  # of a model, where no number is asked for
+MOST_TRAINING = 10_000  # training images searched for neighbours, where they were not named
+SETTINGS = "eval.json"  # of the scores in a folder, from before the first image was seen
+Progress = Callable[[str, float, int], None]  # what is being done, how many images of it, of how many
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to score, and how. All of it is in the record; see `darkroom eval --help` for the words.
+
+    metrics: names of `measure.METRICS`; None: all that can be made, but bits per dimension.
+    training: images for the memorisation check; None: the training part of the data, where it has one.
+    """
+
+    model: str
+    data: list[str]
+    training: list[str] | None = None
+    metrics: list[str] | None = None
+    extractor: str = "auto"
+    size: tuple[int, int] | None = None
+    count: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    eta: float | None = None
+    weights: str = "ema"
+    batch_size: int = 16
+    bound_levels: int = LEVELS
+    sweep_steps: list[int] = field(default_factory=list)
+    sweep_guidance: list[float] = field(default_factory=list)
+    sweep_count: int | None = None
+    save_images: bool = False
+    device: str = "auto"
+    threads: int | None = None
+
+    @property
+    def settings(self) -> GenerationSettings:
+        return GenerationSettings(self.seed, self.steps, self.guidance_scale, self.solver, self.eta, self.size)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The metrics to try."""
+        return [name for name in METRICS if name != "bits"] if self.metrics is None else check_metrics(self.metrics)
+
+    def wants(self, metric: str) -> bool:
+        return metric in self.wanted
+
+    def insists(self, metric: str) -> bool:
+        """Whether a metric that cannot be made is an error."""
+        return self.metrics is not None and metric in self.metrics
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Where the files are, and what is in scores.json."""
+
+    folder: Path
+    record: Record
+
+
+def evaluate_model(
+    request: EvalRequest,
+    output: Path | None = None,
+    *,
+    world: World | None = None,
+    progress: Progress | None = None,
+    model: LatentDiffusion | None = None,
+) -> Evaluated | None:
+    """Score a model, or stored images, against held-out ones. None in all processes but the first.
+
+    output: by default `runs/eval-NAME`. What was interrupted there goes on; other settings are refused.
+    model: this one, in place of what `request.model` names. Raises DarkroomError for anything a user can mend.
+    """
+    request.wanted  # noqa: B018  (unknown names are found before anything is opened)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    name = model_name(request.model)
+    folder = Path("runs") / f"eval-{name}" if output is None else Path(output)
+    check_folder(folder)
+    job = Evaluation(request, name, folder, world or World(), progress, model)
+    return job.run()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write where something else is kept."""
+    if folder.exists() and not folder.is_dir():
+        raise DarkroomError(f"{folder}: is a file; choose a folder for --output")
+    if (folder / "config.yaml").exists() or (folder / "darkroom.json").exists():
+        raise DarkroomError(f"{folder}: holds a run or a model; choose another --output for the scores")
+    if (folder / RECORD).exists() and not (folder / SETTINGS).exists():
+        raise DarkroomError(f"{folder}: holds other scores; choose another --output")
+
+
+class Evaluation:
+    """One evaluation: what is opened, and the stages."""
+
+    def __init__(
+        self,
+        request: EvalRequest,
+        name: str,
+        folder: Path,
+        world: World,
+        progress: Progress | None,
+        model: LatentDiffusion | None,
+    ) -> None:
+        self.name, self.folder, self.world, self.progress = name, folder, world, progress
+        self.device = select_device(request.device)
+        stored = model is None and is_images(request.model)
+        if model is None and not stored:
+            loaded = load(request.model, request.weights, self.device)
+            if not isinstance(loaded, LatentDiffusion):
+                raise DarkroomError(
+                    f"{request.model} is a first stage only: score it with --first-stage {request.model}"
+                )
+            model = loaded
+        self.model = model
+        pixels = PixelFormat() if model is None else model.pixels
+        channels = 3 if model is None else model.image_channels
+        size = request.size or (stored_size(request.model) if model is None else self._trained_size(request.model))
+        # As it can be asked for again: with what was chosen here.
+        self.request = replace(request, size=size, device=str(self.device), threads=torch.get_num_threads())
+        self.dataset = open_reference(request.data, size, channels, pixels)
+        if model is not None:
+            self.dataset = with_derived_fields(self.dataset, model)
+        self.extractor = open_extractor(request.extractor, self.device)
+        self.training = self._training(size, channels, pixels)
+        self.networks: dict[str, Extraction] = {}
+        self.source = self._samples(size)
+        self.count = len(self.source)
+
+    def _trained_size(self, place: str) -> Size:
+        assert self.model is not None
+        width, height = self.model.defaults["size"]
+        known = "size" in self.model.info.get("defaults", {})
+        return (width, height) if known else trained_size(place) or (width, height)
+
+    def _training(self, size: Size, channels: int, pixels: PixelFormat) -> StoredPictures | None:
+        if self.request.training is not None:
+            return StoredPictures(open_whole(self.request.training, size, channels, pixels))
+        found = open_training(self.request.data, size, channels, pixels)
+        needed = self.request.wants("neighbours") or self.request.wants("accuracy")
+        if found is None or not needed:
+            return None
+        return StoredPictures(found, spread(len(found), MOST_TRAINING))
+
+    def _samples(self, size: Size) -> GeneratedPictures | StoredPictures:
+        request = self.request
+        if self.model is None:
+            images = open_whole([request.model], size, 3, PixelFormat())
+            if request.count is not None and request.count > len(images):
+                raise DarkroomError(
+                    f"{request.model}: {request.count} images were asked for and there are {len(images)}; leave "
+                    "--count out"
+                )
+            return StoredPictures(images, spread(len(images), request.count or len(images)))
+        count = request.count or min(len(self.dataset), MOST_SAMPLES)
+        return self.generated(count, replace(request.settings, size=size))
+
+    def generated(self, count: int, settings: GenerationSettings) -> GeneratedPictures:
+        """Images of the model, with the checks that their conditions allow."""
+        assert self.model is not None
+        source = GeneratedPictures(self.model, self.dataset, count, settings)
+        source.checks += self._checks(source)
+        return source
+
+    def _checks(self, source: GeneratedPictures) -> list[Check]:
+        checks: list[Check] = []
+        if self.request.wants("agreement") and is_shapes_set(self.dataset) and source.fields:
+            checks.append(shapes_check(source.fields, self.dataset.class_names))
+        if self.request.wants("pairs") and any(field in source.fields for field in PAIRED):
+            distance, _ = default_extractors(self.device)
+            self.networks[distance.name] = Extraction(distance.name, distance.weights, "none")
+            checks.append(pair_check(self.dataset, distance))
+        return checks
+
+    # --- stages ---
+
+    def run(self) -> Evaluated | None:
+        self._check_settings()
+        self._look("looking at the reference", StoredPictures(self.dataset), self.reference.files, self.extractor)
+        if self.training is not None and self.trained is not None:
+            self._look("looking at training images", self.training, self.trained.files, self.extractor)
+        doing = "generating" if self.model is not None else "looking at the images"
+        self._look(doing, self.source, self.samples.files, self.extractor, keep=self._keep)
+        bits = self._bits()
+        curves = [(setting, value, seen) for setting, value, seen in self._sweeps()]
+        if self.world.size > 1:
+            torch.distributed.barrier()
+        if not self.world.is_main:
+            return None
+        return Evaluated(self.folder, finish(self, bits, curves))
+
+    @cached_property
+    def reference(self) -> Seen:
+        return Seen(self._files("reference", len(self.dataset), READ_PART), self.extractor)
+
+    @cached_property
+    def trained(self) -> Seen | None:
+        if self.training is None:
+            return None
+        return Seen(self._files("training", len(self.training), READ_PART), self.extractor)
+
+    @cached_property
+    def samples(self) -> Seen:
+        return Seen(self._files("samples", self.count, self.request.batch_size), self.extractor)
+
+    def _files(self, name: str, count: int, part: int) -> FeatureFiles:
+        return FeatureFiles(self.folder / PARTS / name, count, part)
+
+    def _look(
+        self,
+        doing: str,
+        source: PictureSource,
+        files: FeatureFiles,
+        extractor: Extractor | None,
+        keep: Callable[[Sequence[int], Tensor], None] | None = None,
+    ) -> None:
+        """One set, with its progress."""
+        total = len(files.starts[self.world.rank :: self.world.size]) * files.part
+        done = 0.0
+
+        def report(images: float) -> None:
+            nonlocal done
+            done += images
+            if self.progress is not None:
+                self.progress(doing, min(done, total), total)
+
+        if isinstance(source, GeneratedPictures):
+
+            def on_step(step: int, steps: int) -> None:
+                if self.progress is not None:
+                    self.progress(doing, min(done + files.part * step / steps, total), total)
+
+            source.on_step = on_step
+        observe(source, files, extractor, rank=self.world.rank, size=self.world.size, report=report, keep=keep)
+
+    def _bits(self) -> FeatureFiles | None:
+        if not self.request.wants("bits"):
+            return None
+        if not isinstance(self.source, GeneratedPictures):
+            raise DarkroomError('metric "bits" is a bound of a model\'s likelihood; stored images have none')
+        files = self._files("bits", min(self.count, len(self.dataset)), self.request.batch_size)
+        source = BoundSource(self.generated(files.count, self.source.settings), self.request.bound_levels)
+        self._look("bounding the likelihood", source, files, None)
+        return files
+
+    def _sweeps(self) -> list[tuple[str, float, Seen]]:
+        """(setting, its value, the images made so)."""
+        request = self.request
+        if not request.sweep_steps and not request.sweep_guidance:
+            return []
+        if not isinstance(self.source, GeneratedPictures):
+            raise DarkroomError("curves over steps or guidance need a model; stored images have neither")
+        count = min(request.sweep_count or self.count, self.count)
+        own = self.source.settings
+        wanted: list[tuple[str, float, GenerationSettings]] = [
+            *(("steps", float(n), replace(own, steps=n)) for n in request.sweep_steps),
+            *(("guidance", g, replace(own, guidance_scale=g)) for g in request.sweep_guidance),
+        ]
+        result = []
+        for setting, value, settings in wanted:
+            files = self._files(f"{setting}-{value:g}", count, request.batch_size)
+            self._look(f"generating, {setting} {value:g}", self.generated(count, settings), files, self.extractor)
+            result.append((setting, value, Seen(files, self.extractor)))
+        return result
+
+    def _keep(self, numbers: Sequence[int], images: Tensor) -> None:
+        """The images of the grid, and all of them where that was asked for."""
+        shown = set(spread(self.count, SHOWN))
+        for number, image in zip(numbers, images.numpy(), strict=True):
+            if number in shown:
+                write_image(image, self.folder / PARTS / "shown" / f"{number:08d}.png")
+            if self.request.save_images:
+                write_image(image, self.folder / "images" / f"{number:08d}.png")
+
+    # --- the settings of a folder ---
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers: parts made under others must not be joined with these."""
+        plain = to_dict(self.request)
+        for place in ("model", "data", "training"):
+            del plain[place]
+        sets = {"data": self.dataset.digest, "training": self.training and self.training.dataset.digest}
+        images = self.source.dataset.digest if isinstance(self.source, StoredPictures) else self.model_digest
+        facts = {"images": images, **sets, "extractor_weights": self.extractor.weights, "torch": torch.__version__}
+        return json.loads(json.dumps(plain | facts))
+
+    @cached_property
+    def model_digest(self) -> str:
+        assert self.model is not None
+        return module_hash(self.model)
+
+    def _check_settings(self) -> None:
+        file = self.folder / SETTINGS
+        if file.is_file():
+            kept = read_json(file, "settings of an evaluation")
+            differ = [name for name in self.settings if kept.get(name) != self.settings[name]]
+            if differ:
+                name = differ[0]
+                raise DarkroomError(
+                    f"{self.folder}: was begun with other settings ({name}: {str(kept.get(name))[:40]}, now "
+                    f"{str(self.settings[name])[:40]}); choose another --output, or the same settings"
+                )
+        elif self.world.is_main:
+            write_file(file, (json.dumps(self.settings, indent=1) + "\n").encode())
