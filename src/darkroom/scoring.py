@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darkroom.clip_reader import ClipReader, open_clip_reader
 from darkroom.config import to_dict
 from darkroom.data.io import write_image
 from darkroom.data.latent_cache import module_hash
@@ -34,15 +35,11 @@ from darkroom.eval_places import (
     trained_size,
     with_derived_fields,
 )
-from darkroom.evaluation.checks import PAIRED, is_shapes_set, pair_check, shapes_check
+from darkroom.evaluation.checks import PAIRED, caption_check, is_shapes_set, pair_check, shapes_check
 from darkroom.evaluation.extractors import Extractor, default_extractors, open_extractor
 from darkroom.evaluation.feature_files import FeatureFiles, PictureSource, observe
 from darkroom.evaluation.likelihood import LEVELS, BoundSource
-from darkroom.evaluation.measure import (
-    METRICS,
-    Seen,
-    check_metrics,
-)
+from darkroom.evaluation.measure import METRICS, Seen, check_metrics, extraction
 from darkroom.evaluation.picture_sources import Check, GeneratedPictures, GenerationSettings, StoredPictures
 from darkroom.evaluation.protocol import Extraction, Record
 from darkroom.latent_diffusion import LatentDiffusion
@@ -223,11 +220,24 @@ class Evaluation:
         checks: list[Check] = []
         if self.request.wants("agreement") and is_shapes_set(self.dataset) and source.fields:
             checks.append(shapes_check(source.fields, self.dataset.class_names))
+        if self.request.wants("clip") and "text" in source.fields and (reader := self._clip_reader) is not None:
+            self.networks[reader.name] = extraction(reader.images)
+            checks.append(caption_check(reader.name, reader))
         if self.request.wants("pairs") and any(field in source.fields for field in PAIRED):
             distance, _ = default_extractors(self.device)
             self.networks[distance.name] = Extraction(distance.name, distance.weights, "none")
             checks.append(pair_check(self.dataset, distance))
         return checks
+
+    @cached_property
+    def _clip_reader(self) -> ClipReader | None:
+        """CLIP, where its files are; where the score was asked for by name, what is missing is said."""
+        try:
+            return open_clip_reader(self.device)
+        except DarkroomError:
+            if self.request.insists("clip"):
+                raise
+            return None
 
     # --- stages ---
 

@@ -17,6 +17,7 @@ from extractor_stand_in import quick_extractor
 from PIL import Image
 from tiny_models import CLASSES
 
+from darkroom.errors import DarkroomError
 from darkroom.evaluation.picture_sources import GeneratedPictures
 from darkroom.evaluation.protocol import Record, read_record
 
@@ -111,6 +112,29 @@ def test_the_inception_score_needs_classes(run: Run, refused: Refused, pictures:
     assert run("eval", "flat", "clothes", "-o", "a", "--metrics", "is", "--extractor", "classes")[0] == 0
     assert 1.0 <= record_of(pictures / "a").values["IS-stand-in"] <= 8.0
     assert "names classes" in refused("eval", "flat", "clothes", "-o", "b", "--metrics", "is")
+
+
+def test_the_clip_score_needs_its_files(
+    run: Run, refused: Refused, models: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(device: Any) -> Any:
+        raise DarkroomError("no files of CLIP here")
+
+    class Reader:
+        name = "CLIP score-stand-in"
+        images = quick_extractor()
+
+        def __call__(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+            return torch.tensor([float(len(text)) for text in texts])
+
+    command = ("eval", models / "text", "clothes", "--steps", 1, "--count", 4, "-o")
+    monkeypatch.setattr("darkroom.scoring.open_clip_reader", absent)
+    assert run(*command, "a")[0] == 0 and not any("CLIP" in name for name in record_of(pictures / "a").values)
+    assert "no files of CLIP" in refused(*command, "b", "--metrics", "clip")
+    monkeypatch.setattr("darkroom.scoring.open_clip_reader", lambda device: Reader())
+    assert run(*command, "c", "--metrics", "clip")[0] == 0
+    score = record_of(pictures / "c").score("CLIP score-stand-in")
+    assert score is not None and score.value == len("a red fox") and score.extraction is not None
 
 
 def test_what_was_interrupted_goes_on_to_the_same_numbers(

@@ -5,7 +5,7 @@ Shapes: B batch, H W image size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ def class_agreement(images: Tensor, classes: Sequence[str]) -> Tensor:
     """(B,): 1 where one of the objects in the picture has the shape that was asked for, else 0."""
     found = [[item.shape for item in find_objects(image)] for image in images.numpy()]
     return torch.tensor([float(name in shapes) for name, shapes in zip(classes, found, strict=True)])
+
+
+def caption_check(name: str, score: Callable[[Tensor, Sequence[str]], Tensor]) -> Check:
+    """A score of images (B, H, W, 3) and their captions, under its name."""
+
+    def check(images: Tensor, examples: Sequence[Example]) -> Values:
+        return {name: score(images, [example["text"] for example in examples])}
+
+    return check
 
 
 def pair_check(dataset: ImageDataset, distance: PerceptualDistance) -> Check:
