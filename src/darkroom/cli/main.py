@@ -24,7 +24,7 @@ from darkroom.errors import DarkroomError
 COMMANDS = {
     "generate": ("darkroom.cli.generate", "generate", "Make images from prompts, classes, or the settings in a PNG."),
     "train": ("darkroom.cli.train", "train", "Train a model on a folder, a tar file, or by a recipe."),
-    "eval": ("darkroom.cli.evaluate", "evaluate", "Score how well a first stage gives images back."),
+    "eval": ("darkroom.cli.evaluate", "evaluate", "Score a model, a folder of samples, or a first stage."),
     "study": ("darkroom.cli.study", "study", "Train and compare many models under one protocol."),
     "data": ("darkroom.cli.data", "data", "Look at a data set, or build the procedural one."),
     "reconstruct": ("darkroom.cli.reconstruct", "reconstruct", "Push an image through a first stage and back."),
