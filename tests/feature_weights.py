@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -33,3 +35,32 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def pictures(count: int, size: int = 32, seed: int = 0) -> Tensor:
     """uint8 (B, H, W, 3)."""
     return torch.randint(0, 256, (count, size, size, 3), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+# transformers' names of DINOv2 -> those of the published files; q, k and v are joined there.
+DINOV2_NAMES = (
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.", ""),
+    (r"encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+    ("layernorm", "norm"),
+)
+ATTENTION = re.compile(r"(.*)attention\.(?:attention\.)?(q_proj|query|k_proj|key|v_proj|value)\.(weight|bias)")
+
+
+def dinov2_as_published(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of transformers' DINOv2 under the published names."""
+    state = {}
+    joined: dict[str, list[Tensor]] = {}  # they come in this order
+    for name, tensor in theirs.items():
+        part = ATTENTION.fullmatch(name)
+        if part is not None:
+            name = f"{part[1]}attn.qkv.{part[3]}"
+            joined.setdefault(name, []).append(tensor)
+            tensor = torch.cat(joined[name])
+        for pattern, ours in DINOV2_NAMES:
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor
+    return state

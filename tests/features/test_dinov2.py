@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from feature_weights import noise, randomise
-from torch import Tensor
+from feature_weights import dinov2_as_published, noise, randomise
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from darkroom.errors import DarkroomError
@@ -18,34 +16,6 @@ from darkroom.features.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_
 
 TINY = DinoV2Config(width=32, depth=3, heads=4, grid=5)
 TINY_REGISTERS = DinoV2Config(width=32, depth=3, heads=4, grid=5, registers=4)
-
-# transformers' names -> those of the published files; q, k and v are joined there.
-NAMES = (
-    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.", ""),
-    (r"encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
-    ("layernorm", "norm"),
-)
-ATTENTION = re.compile(r"(.*)attention\.(?:attention\.)?(q_proj|query|k_proj|key|v_proj|value)\.(weight|bias)")
-
-
-def published(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of transformers under the published names."""
-    state = {}
-    joined: dict[str, list[Tensor]] = {}  # they come in this order
-    for name, tensor in theirs.items():
-        part = ATTENTION.fullmatch(name)
-        if part is not None:
-            name = f"{part[1]}attn.qkv.{part[3]}"
-            joined.setdefault(name, []).append(tensor)
-            tensor = torch.cat(joined[name])
-        for pattern, ours in NAMES:
-            name = re.sub(pattern, ours, name)
-        state[name] = tensor
-    return state
 
 
 def pair(config: DinoV2Config, folder: Path) -> tuple[DinoV2, Any]:
@@ -66,7 +36,7 @@ def pair(config: DinoV2Config, folder: Path) -> tuple[DinoV2, Any]:
     for name, parameter in theirs.named_parameters():
         if "lambda" in name or "token" in name or "position" in name:
             torch.nn.init.normal_(parameter, mean=0.5 if "lambda" in name else 0.0, std=0.5)
-    torch.save(published(theirs.state_dict()), folder / "dinov2.pth")
+    torch.save(dinov2_as_published(theirs.state_dict()), folder / "dinov2.pth")
     return load_dinov2("", folder / "dinov2.pth", config), theirs.eval()
 
 
