@@ -37,46 +37,48 @@ def resize_bicubic(image: Tensor, size: tuple[int, int], *, rounded: bool) -> Te
              True as it treats pictures of bytes: rows, then columns, each rounded to whole numbers. Done in its own
              whole numbers, which float64 holds exactly, so that the bytes are the same.
     """
-    if not rounded:
-        return _along_both(image, size).clamp(0, 255)
-    result = image.double()
+    result = image.double() if rounded else image
     for dim, length in ((3, size[1]), (2, size[0])):
-        if image.shape[dim] != length:
-            weights = (pillow_weights(image.shape[dim], length) * FIXED_POINT).round()
-            result = ((_along(result, weights, dim) + FIXED_POINT // 2) / FIXED_POINT).floor().clamp(0, 255)
-    return result.to(image.dtype)
+        if image.shape[dim] == length:
+            continue
+        places, weights = pillow_taps(image.shape[dim], length)
+        if rounded:
+            result = _along(result, places, (weights * FIXED_POINT).round(), dim)
+            result = ((result + FIXED_POINT // 2) / FIXED_POINT).floor().clamp(0, 255)
+        else:
+            result = _along(result, places, weights, dim)
+    return result.to(image.dtype) if rounded else result.clamp(0, 255)
 
 
-def _along_both(image: Tensor, size: tuple[int, int]) -> Tensor:
-    for dim, length in ((3, size[1]), (2, size[0])):
-        if image.shape[dim] != length:
-            image = _along(image, pillow_weights(image.shape[dim], length), dim)
-    return image
-
-
-def _along(image: Tensor, weights: Tensor, dim: int) -> Tensor:
-    weights = weights.to(image)
-    return image @ weights.T if dim == 3 else weights @ image
+def _along(image: Tensor, places: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """sum_t weights[t] * image[places[t]] along the rows (dim 2) or columns (dim 3); rows are what lies together in
+    memory, so columns are laid down first."""
+    rows = image.transpose(2, 3).contiguous() if dim == 3 else image
+    total = torch.zeros_like(rows[:, :, :1]).expand(-1, -1, places.shape[1], -1).contiguous()
+    for place, weight in zip(places.to(rows.device), weights.to(rows), strict=True):
+        total.addcmul_(rows.index_select(2, place), weight[:, None])
+    return total.transpose(2, 3) if dim == 3 else total
 
 
 @lru_cache(maxsize=32)
-def pillow_weights(old: int, new: int) -> Tensor:
-    """(new, old) float64: the share of each old pixel in each new one, rows adding up to 1.
+def pillow_taps(old: int, new: int) -> tuple[Tensor, Tensor]:
+    """(T, new) int64, (T, new) float64: the old pixels that make up each new one, and their shares, which add up to 1.
 
     Cubic convolution (Keys 1981, a = -0.5) around the centre (i + 1/2) old/new; where the picture shrinks, the kernel
     is as much wider. Pixels take part whose centre is at most half a pixel outside of it, as in Pillow.
     """
     step = old / new
     wide = max(step, 1.0)
-    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * step
-    pixel = torch.arange(old, dtype=torch.float64)
-    first, last = (centre - 2 * wide + 0.5).trunc(), (centre + 2 * wide + 0.5).trunc()
-    x = ((pixel + 0.5 - centre) / wide).abs()
+    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * step
+    first = (centre - 2 * wide + 0.5).trunc().clamp_min(0)
+    last = (centre + 2 * wide + 0.5).trunc().clamp_max(old)
+    place = first + torch.arange(int((last - first).max()))[:, None]
+    x = ((place + 0.5 - centre) / wide).abs()
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((x - 5.0) * x + 8.0) * x * -0.5 + 2.0
     kernel = torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
-    kernel = torch.where((pixel >= first) & (pixel < last), kernel, 0.0)
-    return kernel / kernel.sum(1, keepdim=True)
+    kernel = torch.where(place < last, kernel, 0.0)
+    return place.clamp_max(old - 1).long(), kernel / kernel.sum(0)
 
 
 def shorter_side_and_centre(image: Tensor, side: int) -> Tensor:
