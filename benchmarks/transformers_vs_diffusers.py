@@ -24,11 +24,12 @@ from unet_vs_diffusers import add_common_arguments, begin, clock, quantile
 
 from darkroom.conditioning.types import Conditioning
 from darkroom.interop.diffusers_transformers import (
-    dit_to_diffusers,
+    dit_table,
     dit_to_diffusers_config,
-    sd3_to_diffusers,
+    sd3_table,
     sd3_to_diffusers_config,
 )
+from darkroom.interop.tensor_source import Table, inverse
 from darkroom.networks.dit import DiT, DiTConfig
 from darkroom.networks.mmdit import MMDiT, MMDiTConfig
 
@@ -65,10 +66,18 @@ def randomised(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def fill(theirs: nn.Module, ours: nn.Module, table: Table) -> None:
+    """The same weights, under their names."""
+    state = ours.state_dict()
+    shapes = {name: tuple(state[name].shape) for name in table}
+    targets = inverse(table, shapes, dict.fromkeys(table, "float32"))
+    theirs.load_state_dict({name: target.made(state) for name, target in targets.items()}, strict=True)
+
+
 def dit_pair(batch: int, size: int) -> tuple[Run, Run]:
     ours = randomised(DiT(DIT))
     theirs = DiTTransformer2DModel.from_config(dit_to_diffusers_config(DIT))
-    theirs.load_state_dict(dit_to_diffusers(ours.state_dict(), DIT), strict=True)
+    fill(theirs, ours, dit_table(DIT))
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # the official frequencies
     theirs.eval()
@@ -79,7 +88,7 @@ def dit_pair(batch: int, size: int) -> tuple[Run, Run]:
 def mmdit_pair(batch: int, size: int) -> tuple[Run, Run]:
     ours = randomised(MMDiT(MMDIT))
     theirs = SD3Transformer2DModel.from_config(sd3_to_diffusers_config(MMDIT))
-    theirs.load_state_dict(sd3_to_diffusers(ours.state_dict(), MMDIT), strict=True)
+    fill(theirs, ours, sd3_table(MMDIT))
     theirs.eval()
     x, time = torch.randn(batch, 16, size, size), torch.full((batch,), 500.0)
     assert MMDIT.context_dim is not None and MMDIT.adm_in_channels is not None

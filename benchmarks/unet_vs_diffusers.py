@@ -39,7 +39,7 @@ from darkroom.denoiser import Denoiser
 from darkroom.diffusion.grids import make_grid
 from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
 from darkroom.guidance import Guided
-from darkroom.interop.diffusers_unet import to_diffusers, to_diffusers_config
+from darkroom.interop.diffusers_unet import key_table, to_diffusers_config
 from darkroom.networks.unet import UNet, UNetConfig
 from darkroom.solvers import SOLVERS
 
@@ -119,7 +119,8 @@ def make_pair(config: UNetConfig) -> tuple[UNet, UNet2DConditionModel]:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     theirs = UNet2DConditionModel.from_config(to_diffusers_config(config))
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), config), strict=True)
+    state = ours.state_dict()
+    theirs.load_state_dict({name: state[own] for own, name in key_table(config).items()}, strict=True)
     return ours.eval().to(memory_format=torch.channels_last), theirs.eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import change, kohya, low_rank, shaken, small_stable_diffusion, spelled
+from renamed_states import renaming, to_ours, to_theirs
 from text_tower_files import CLIP_G, CLIP_L, OPEN_G, T5
 from tiny_models import one_line, tiny_first_stage
 from torch import Tensor
@@ -17,8 +18,8 @@ from darkroom.adapters import Adapter, apply_adapters, remove_adapters
 from darkroom.build import build_denoiser
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
-from darkroom.interop.diffusers_transformers import sd3_from_diffusers, sd3_to_diffusers
-from darkroom.interop.diffusers_unet import key_table, to_diffusers, to_diffusers_config
+from darkroom.interop.diffusers_transformers import sd3_table
+from darkroom.interop.diffusers_unet import key_table, to_diffusers_config
 from darkroom.interop.learned_words import read_learned_word
 from darkroom.interop.lora import is_lora, read_lora
 from darkroom.interop.text_towers import clip_from_open_clip, open_clip_from_clip
@@ -69,7 +70,7 @@ def test_kohya_file_against_the_network_of_diffusers(model: LatentDiffusion, pla
     network = model.denoiser.network
     config = {k: v for k, v in to_diffusers_config(network.config).items() if not k.startswith("_")}
     theirs = UNet2DConditionModel(**config).eval()
-    theirs.load_state_dict(to_diffusers(network.state_dict(), network.config))
+    theirs.load_state_dict(to_theirs(network.state_dict(), renaming(key_table(network.config))))
     for name, pair in pairs.items():
         weight = theirs.get_submodule(name).weight
         weight.data = (weight.double() + change(pair, 0.8 * 2.0 / 4)).float()
@@ -238,7 +239,8 @@ def test_transformers_of_diffusers_split_and_turn_rows(model: LatentDiffusion, p
     denoiser = shaken(build_denoiser({"network": network}))
     three = LatentDiffusion(None, denoiser, model.conditioner)
     own = denoiser.network
-    theirs = sd3_to_diffusers(own.state_dict(), own.config)
+    table = sd3_table(own.config)
+    theirs = to_theirs(own.state_dict(), table)
     layers = {
         name.removesuffix(".weight"): tuple(tensor.shape)
         for name, tensor in theirs.items()
@@ -248,7 +250,7 @@ def test_transformers_of_diffusers_split_and_turn_rows(model: LatentDiffusion, p
     expected = dict(theirs)
     for name, pair in pairs.items():
         expected[f"{name}.weight"] = (theirs[f"{name}.weight"].double() + change(pair, 0.25)).float()
-    expected = sd3_from_diffusers(expected, own.config)
+    expected = to_ours(expected, table, own.state_dict())
     apply_adapters(three, [(spelled(place / "sd3.safetensors", pairs, "transformer.", PEFT), 0.25)])
     now = own.state_dict()
     assert all(torch.allclose(now[name], tensor, atol=1e-6) for name, tensor in expected.items())
@@ -345,7 +347,7 @@ def test_patterns_of_alphas_are_refused(tmp_path: Path) -> None:
 
 def test_folders_of_other_things_hold_no_adapter(model: LatentDiffusion, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"use_dora": true, "r": 2}')
-    with pytest.raises(DarkroomError, match="is not a file of a learned embedding"):
+    with pytest.raises(DarkroomError, match="is a folder without a LoRA"):
         apply_adapters(model, [tmp_path])
     spelled(tmp_path / "adapter_model.safetensors", low_rank({"a": (2, 2)}), "base_model.model.", PEFT)
     with pytest.raises(DarkroomError, match="DoRA") as error:

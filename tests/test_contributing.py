@@ -85,3 +85,15 @@ def test_it_trains_generates_and_is_saved(palette: ModuleType, tmp_path: Path) -
     again = load(save(model, tmp_path / "model"))
     assert isinstance(again, LatentDiffusion)
     assert np.array_equal(again.generate(palette=warm, seed=1).images, one.images)
+
+
+def test_the_page_of_checkpoints_names_every_module_of_interop() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    table = page[page.index("## Where it is in the code") :]
+    named = set(re.findall(r"`(\w+)`", table))
+    modules = {path.stem for path in (root / "src" / "darkroom" / "interop").glob("*.py")} - {"__init__"}
+    assert (
+        modules <= named
+        and {name for name in named if not (root / "src" / "darkroom" / "interop" / f"{name}.py").is_file()} == set()
+    )

@@ -22,6 +22,7 @@ FOUNDATION = (
     "errors",
     "pixel_format",
     "config",
+    "generation_defaults",
     "blueprint",
     "safe_json",
     "safe_files",

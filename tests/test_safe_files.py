@@ -21,8 +21,8 @@ from tiny_models import full_disk, one_line
 from darkroom import safe_json
 from darkroom.errors import DarkroomError
 from darkroom.interop.compvis_model import _noted
-from darkroom.interop.darkroom_model import _notes
 from darkroom.interop.found_model import MODEL_NOTE
+from darkroom.interop.kept_tensors import kept_notes
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.safe_files import (
     iter_safetensors,
@@ -138,7 +138,7 @@ def test_a_string_without_end_takes_one_pass(end: bytes) -> None:
 def test_notes_of_kept_tensors_are_bounded(tmp_path: Path) -> None:
     note = json.dumps({str(i): "kept" for i in range(MAX_VALUES + 2)})
     with pytest.raises(DarkroomError, match="its tables of names cannot be read"):
-        _notes(TensorFile(tmp_path / "kept.safetensors", {}, {}, {"what": note}, None))
+        kept_notes(TensorFile(tmp_path / "kept.safetensors", {}, {}, {"what": note}, None))
 
 
 def test_notes_about_a_model_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

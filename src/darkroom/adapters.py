@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from darkroom.conditioning.text_towers import VOCABULARY, TextTower, TextTowers
 from darkroom.errors import DarkroomError
 from darkroom.interop.learned_words import LearnedWord, read_learned_word
-from darkroom.interop.lora import Change, LoraFile, delta, is_lora, match, read_lora
+from darkroom.interop.lora import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, Change, LoraFile, delta, is_lora, match, read_lora
 from darkroom.interop.lora_names import Spot, Spots, network_spots, tower_spots
+from darkroom.interop.tensor_file import open_tensor_file
 from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.model_folder import guess_family, is_diffusers_folder, is_model_folder
 from darkroom.safe_files import sha256_of
 
 RECORD = "adapters"  # in a model's info, and in the settings of its pictures
@@ -59,7 +61,10 @@ def apply_adapters(model: LatentDiffusion, adapters: Sequence[Given]) -> None:
     """
     given = [*carried(model).given, *map(as_adapter, adapters)]
     loras = [adapter for adapter in given if is_lora(adapter.path)]
-    words = [(a, read_learned_word(a.path, a.word)) for a in given if a not in loras]
+    others = [adapter for adapter in given if adapter not in loras]
+    for adapter in others:
+        _refuse_other(adapter.path)
+    words = [(adapter, read_learned_word(adapter.path, adapter.word)) for adapter in others]
     originals = {id(parameter): numbers for parameter, numbers in carried(model).weights}
     changed = _changed_weights(model, loras, originals)
     _check_words(model, [word for _, word in words])
@@ -128,6 +133,20 @@ def as_adapter(given: Given) -> Adapter:
     if not adapter.path.exists():
         raise DarkroomError(f"{adapter.path} does not exist; check the path of the adapter")
     return adapter
+
+
+def _refuse_other(path: Path) -> None:
+    """What is known to be neither a LoRA nor a learned word is refused by what it is, from names alone."""
+    if path.is_dir():
+        whole = is_model_folder(path) or is_diffusers_folder(path)
+        known = f"a folder without a LoRA ({', '.join((*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS))})"
+        guess = "a whole model" if whole else known
+    else:
+        guess = guess_family(open_tensor_file(path).shapes)
+        whole = "checkpoint" in guess
+    if whole or not any(word in guess for word in ("learned word", "no known model")):
+        instead = "give it as the model (-m)" if whole else "give the file of the LoRA or of the word"
+        raise DarkroomError(f"{path} is {guess}, neither a LoRA nor a learned word; {instead}")
 
 
 def _record(adapter: Adapter, kind: str) -> dict[str, Any]:

@@ -133,8 +133,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise DarkroomError(f'"{path}" is a {hint.__name__}, got {value!r}')
+        raise DarkroomError(f'"{path}" is {_KINDS[hint]}, got {value!r}')
     return value
+
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -6,6 +6,8 @@ The command line prints its text and leaves with status 2; a stack trace means a
 
 from __future__ import annotations
 
+import warnings
+
 LONGEST = 2000  # characters; names inside damaged files may have millions
 
 
@@ -14,6 +16,15 @@ class DarkroomError(Exception):
 
     def __init__(self, text: object = "") -> None:
         super().__init__(printable(_cut(str(text))))
+
+
+class DarkroomWarning(UserWarning):
+    """What a person should know and nothing failed for: one line, which the command line prints as a note."""
+
+
+def warn(text: str) -> None:
+    """Tell it, once for the same text."""
+    warnings.warn(printable(_cut(text)), DarkroomWarning, stacklevel=3)
 
 
 def _cut(text: str) -> str:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from darkroom.errors import DarkroomError
+from torch import Tensor
+
+from darkroom.errors import DarkroomError, warn
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.interop.diffusers_first_stage import Number
+from darkroom.interop.facts import latent_facts, with_facts
 from darkroom.interop.first_stage_files import (
     FoundFirstStage,
     as_number,
@@ -25,13 +28,13 @@ from darkroom.interop.first_stage_files import (
     write_compvis,
     write_diffusers,
 )
-from darkroom.interop.first_stage_rest import count_rest, rest_of, write_rest
-from darkroom.interop.found_model import latent_facts, with_facts
-from darkroom.interop.tensor_file import PICKLED, SAFETENSORS
+from darkroom.interop.first_stage_rest import count_rest, rest_of
+from darkroom.interop.kept_tensors import Kept, reachable
+from darkroom.interop.tensor_file import TensorFile, opened
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import CONVERTED_FROM, WEIGHTS, find_source, is_model_folder, read_index
 from darkroom.model_io import build_found, latent_numbers, refuse_official, save, set_latents
-from darkroom.safe_files import new_file, new_folder
+from darkroom.safe_files import PICKLED, SAFETENSORS, new_file, new_folder
 from darkroom.whole_models import ModelConversion, find_whole, found_in_memory, write_whole
 
 Format = Literal["darkroom", "compvis", "diffusers"]
@@ -50,6 +53,7 @@ class Conversion:
     scale: Number
     scale_from: str
     tensors: int  # all of them came back from the written file bit for bit
+    has_both: bool = False  # whether the source has averaged weights and live ones
 
 
 def export(
@@ -78,18 +82,27 @@ def export(
     destination = _destination(place, format)
     if format == "compvis":
         with new_file(destination, replaces=is_former_export) as temporary:
-            write_compvis(temporary, tensors, config, shift, scale)
+            write_compvis(temporary, tensors | _beside(model.kept), config, shift, scale)
     else:
         with new_folder(destination, replaces=is_former_export) as temporary:
             write_diffusers(temporary, tensors, config, shift, scale)
     return destination
 
 
+def _beside(kept: Kept | None) -> dict[str, Tensor]:
+    """Tensors that an official file of a first stage holds besides the autoencoder's."""
+    source = reachable(kept).source
+    return source.read(source.shapes)
+
+
 def _export_whole(
     model: LatentDiffusion, destination: Path, format: str, shift: Number | None, scale: Number | None
 ) -> Path:
     facts = {name: value for name, value in (("shift", shift), ("scale", scale)) if value is not None}
-    return write_whole(with_facts(found_in_memory(model), facts), destination, format).destination
+    done = write_whole(with_facts(found_in_memory(model), facts), destination, format)
+    if done.left_out:
+        warn(f"{destination}: left out, as the {format} layout has no place for it: {', '.join(done.left_out)}")
+    return done.destination
 
 
 def convert(
@@ -118,7 +131,9 @@ def convert(
     place = _destination(destination, to)
     if weights not in (None, *WEIGHTS):
         raise DarkroomError(f'weights="{weights}" is not known; use "ema" or "live"')
-    whole = None if first_stage else find_whole(source)
+    path = find_source(source)
+    file = opened(path)
+    whole = None if first_stage else find_whole(path, file)
     if whole is not None:
         given = {name: value for name, value in (("shift", shift), ("scale", scale)) if value is not None}
         progress(1)
@@ -128,7 +143,7 @@ def convert(
     own = latent_facts(facts or {}, source, "a first stage")
     shift, scale = own.get("shift", shift), own.get("scale", scale)
     weights = weights or "ema"
-    found = _find(source, weights)
+    found = _find(path, weights, file)
     if "float64" in found.dtypes and to == "darkroom":
         raise DarkroomError(
             f"{found.path} holds float64, which a Darkroom model would round; convert it to float32 first"
@@ -148,30 +163,32 @@ def convert(
         replaced = new_file if to == "compvis" else new_folder
         write = write_compvis if to == "compvis" else write_diffusers
         with replaced(place, replaces=is_former_export) as temporary:
-            rest = rest_of(found) if to == "compvis" else None
-            beside = {} if rest is None else rest.file.read(rest.names)
+            beside = _beside(rest_of(found)) if to == "compvis" else {}
             write(temporary, found.read(weights) | beside, wanted.config, wanted.shift, wanted.scale)
             progress(2)
             again = find_first_stage(temporary)
             assert again is not None
             tensors = count_equal(again, found, weights) + (count_rest(again, found) if beside else 0)
     progress(3)
-    return Conversion(found, place, to, wanted.shift, wanted.scale, scale_from, tensors)
+    return Conversion(found, place, to, wanted.shift, wanted.scale, scale_from, tensors, _has_both(found))
 
 
-def _find(source: str | Path, weights: str) -> FoundFirstStage:
+def _find(path: Path, weights: str, file: TensorFile | None) -> FoundFirstStage:
     """Weights stay in the file until they are wanted, so that a conversion keeps their precision."""
-    path = find_source(source)
     if not is_model_folder(path):
-        found = find_first_stage(path)
-        return refuse_official(path, found) if found is None else found
+        found = find_first_stage(path, file)
+        return refuse_official(path, found, file) if found is None else found
     index = read_index(path)
     if "first_stage" not in index.parts:
-        raise DarkroomError(f"{source}: holds no first stage")
+        raise DarkroomError(f"{path}: holds no first stage")
     part = index.parts["first_stage"]
     live = weights == "live" and (part / WEIGHTS["live"]).is_file()
     inside = None if index.kind == "first_stage" else "a Darkroom latent diffusion model"
     return in_darkroom_folder(path, part, WEIGHTS["live" if live else "ema"], inside)
+
+
+def _has_both(found: FoundFirstStage) -> bool:
+    return bool(found.averaged) or (found.layout == "darkroom" and (found.file.path.parent / WEIGHTS["live"]).is_file())
 
 
 def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> int:
@@ -179,8 +196,6 @@ def _to_darkroom(wanted: FoundFirstStage, place: Path, weights: str) -> int:
     counted: list[int] = []
 
     def verify(written: Path) -> None:
-        if (rest := rest_of(wanted)) is not None:
-            write_rest(written, rest)
         again = in_darkroom_folder(written, written / "first_stage", WEIGHTS["ema"], None)
         counted.append(count_equal(again, wanted, weights) + count_rest(again, wanted))
 

@@ -118,14 +118,14 @@ class LatentDiffusion(nn.Module):
         self.first_stage, self.denoiser, self.conditioner = first_stage, denoiser, conditioner
         self.info = dict(info or {})
         self.adapters: Any = None  # what `darkroom.adapters` applied, and how to undo it
-        # What the official file that it came from held besides, for its export: `Kept` of interop/darkroom_model.py.
+        # What the official file that it came from held besides, for its export: `Kept` of interop/kept_tensors.py.
         self.kept: Any = None
         self.eval()
 
     @property
     def defaults(self) -> dict[str, Any]:
         """Steps, guidance scale, solver, batch size and size used when a request leaves them out."""
-        return DEFAULTS | {"size": (64, 64)} | self.info.get("defaults", {})
+        return DEFAULTS | {"size": (64, 64)} | (self.info.get("defaults") or {})
 
     @property
     def pixels(self) -> PixelFormat:

@@ -16,13 +16,23 @@ from typing import Any
 
 from darkroom.config import understanding
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import check_defaults
 from darkroom.hub import HUB, fetch
-from darkroom.safe_files import SafetensorsHeader, read_json, read_numbers, read_safetensors_header, sha256_of
+from darkroom.safe_files import (
+    SafetensorsHeader,
+    is_weight_file,
+    read_json,
+    read_numbers,
+    read_safetensors_header,
+    sha256_of,
+)
 
 CONVERTED_FROM = "converted_from"  # in a model's info: `convert` made it, and may make it again
 FORMAT_VERSION = 1
 INDEX = "darkroom.json"
 CONFIG = "config.json"
+PIPELINE = "model_index.json"  # of diffusers
+COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "bert")  # folders beside it
 WEIGHTS = {"ema": "model.safetensors", "live": "model.live.safetensors"}
 PARTS = {
     "latent_diffusion": ("first_stage", "denoiser", "conditioner", "preview"),
@@ -45,7 +55,7 @@ def is_model_folder(path: Path) -> bool:
 
 def is_diffusers_folder(path: Path) -> bool:
     """A pipeline's folder, or that of one of its models."""
-    if (path / "model_index.json").is_file():
+    if (path / PIPELINE).is_file():
         return True
     return (path / CONFIG).is_file() and "_class_name" in read_json(path / CONFIG, "config")
 
@@ -74,7 +84,24 @@ def find_source(source: str | Path) -> Path:
         raise DarkroomError(f"{path} is an empty folder; give a model folder (one that holds {INDEX})")
     if is_diffusers_folder(path):
         return path
-    raise DarkroomError(f"{path} is not a model folder: it holds no {INDEX}")
+    raise DarkroomError(f"{path} is not a model folder: it holds no {INDEX} and no {PIPELINE}; {_found_instead(path)}")
+
+
+def _found_instead(folder: Path) -> str:
+    """What to give in the place of a folder that is no model."""
+    inside = sorted(folder.iterdir())
+    folders = [entry for entry in inside if entry.is_dir()]
+    components = [entry.name for entry in folders if (entry / CONFIG).is_file() and entry.name.startswith(COMPONENTS)]
+    if components:
+        return (
+            f"its folders ({', '.join(components[:4])}) are those of a diffusers pipeline, so fetch {PIPELINE} too, or "
+            "give one of them alone"
+        )
+    models = [e for e in folders if is_model_folder(e) or is_model_folder(e / "model") or (e / PIPELINE).is_file()]
+    weights = [entry for entry in inside if entry.is_file() and is_weight_file(entry)]
+    if named := [*models, *weights]:
+        return f"it holds {', '.join(entry.name for entry in named[:4])}: give {named[0]}"
+    return "give a folder with one of these, or a weight file (.safetensors, .ckpt)"
 
 
 @dataclass(frozen=True)
@@ -118,6 +145,7 @@ def _read_index(folder: Path) -> ModelIndex:
     declared, files, info = (raw.get(key, {}) for key in ("parts", "files", "info"))
     if not all(isinstance(value, dict) for value in (declared, files, info)):
         raise DarkroomError(f"{path} is damaged: parts, files and info are tables")
+    check_defaults(info.get("defaults"), path)
 
     parts: dict[str, Path] = {}
     references: dict[str, dict[str, str]] = {}
@@ -204,7 +232,27 @@ def guess_family(names: Iterable[str]) -> str:
         return "a bare MMDiT in the layout of Stable Diffusion 3"
     if has("blocks.") and has("x_embedder."):
         return "a bare DiT in the official layout"
+    if has("string_to_param", "emb_params") or (len(names) == 1 and names[0].startswith("<")):
+        return "a learned word (textual inversion)"
     return "a file of tensors of no known model"
+
+
+# A word of what `guess_family` says: what such a file is good for.
+_USES = (
+    ("LoRA", "it changes another model: give that one with -m and this file with --lora (adapters=[...] of load)"),
+    ("learned word", "it teaches another model a word: give that one with -m and this file with --embedding"),
+    ("text encoder", "give it to the model that lacks it, with --set text_towers=FILE of `darkroom convert`"),
+    ("diffusers denoiser", "give the folder that holds it and its config.json, or the whole pipeline's folder"),
+    ("Darkroom model folder", "give the whole folder, which holds the other parts"),
+    ("training checkpoint", "for pictures give the run folder"),
+    ("bare", "give the whole checkpoint, or a diffusers folder of the same model"),
+)
+
+
+def how_to_use(guess: str) -> str:
+    """What to do with a file that is no whole model, by what `guess_family` says of it."""
+    usual = "give a whole checkpoint, a first stage, a diffusers folder or a Darkroom model folder"
+    return next((use for word, use in _USES if word in guess), usual)
 
 
 def describe_folder(folder: Path, verify: bool = True) -> dict[str, Any]:

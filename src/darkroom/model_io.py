@@ -16,29 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.adapters import Given, apply_adapters, saved_info
-from darkroom.assemble import SkipInitialisation, build_model, latent_numbers, owned
+from darkroom.assemble import FiniteCheck, SkipInitialisation, build_model, latent_numbers, owned
 from darkroom.blueprint import check_fit, hollow
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage, build_preview
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.preview import PreviewDecoder
 from darkroom.first_stage.statistics import encoder_fingerprint
-from darkroom.interop.darkroom_model import read_kept, save_kept
 from darkroom.interop.diffusers_first_stage import Number
+from darkroom.interop.facts import latent_facts, with_facts
 from darkroom.interop.first_stage_files import FoundFirstStage, find_first_stage
-from darkroom.interop.found_model import find_model, latent_facts, with_facts
-from darkroom.interop.tensor_file import is_weight_file, open_tensor_file
+from darkroom.interop.first_stage_rest import rest_of
+from darkroom.interop.found_model import find_model
+from darkroom.interop.kept_tensors import read_kept, save_kept
+from darkroom.interop.tensor_file import TensorFile, opened
 from darkroom.interop.tensor_source import GROUP_BYTES
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_folder import (
     BUNDLED,
     CONFIG,
     INDEX,
+    PIPELINE,
     WEIGHTS,
     ModelIndex,
     bundled,
     find_source,
     guess_family,
+    how_to_use,
     index_text,
     is_model_folder,
     read_index,
@@ -112,7 +116,7 @@ def load(
     `weights`: "ema" (averaged, what training recommends) or "live" (as the last step left them).
     `dtype`: precision of the denoiser's network; everything else stays in float32.
     `facts`: what an official file cannot say and its family's default has wrong: {"prediction": "epsilon"}; see
-    `interop.found_model.FACTS`.
+    `interop.facts.FACTS`.
     `adapters`: LoRA files and learned words to apply, each a path or (path, weight); see `darkroom.adapters`.
     What holds only a first stage gives a FirstStage.
     """
@@ -136,12 +140,13 @@ def _load(
     on, precision = select_device(device), select_dtype(dtype)
     path = find_source(source)
     if not is_model_folder(path):
-        whole = find_model(path)
+        file = opened(path)
+        whole = find_model(path, file)
         if whole is not None:
             return _ready(build_model(with_facts(whole, facts or {}), weights, precision), on)
-        found = find_first_stage(path)
+        found = find_first_stage(path, file)
         if found is None or found.inside:
-            refuse_official(path, found)
+            refuse_official(path, found, file)
         alone = build_found(found, weights)
         set_latents(alone, *_latents_of(facts, path, "a first stage"))
         return _ready(alone, on)
@@ -161,6 +166,7 @@ def _load(
             _attach_preview(first_stage, parts["preview"], index)
     if index.kind == "first_stage":
         assert isinstance(first_stage, FirstStage)
+        first_stage.kept = read_kept(path)
         return _ready(first_stage, on)
     info = index.info | {"sha256": index.sha256, "path": str(path), "weights": weights}
     model = LatentDiffusion(first_stage, parts["denoiser"], parts["conditioner"], info)
@@ -194,9 +200,9 @@ def load_first_stage(
         if first_stage is None:
             raise DarkroomError(f"{source}: holds no first stage")
     else:
-        on, found = select_device(device), find_first_stage(path)
-        if found is None:
-            refuse_official(path, found)
+        on, file = select_device(device), opened(path)
+        if (found := find_first_stage(path, file)) is None:
+            refuse_official(path, found, file)
         first_stage = _ready(build_found(found, weights), on)
     if shift is not None or scale is not None:
         set_latents(first_stage, shift, scale)
@@ -214,9 +220,14 @@ def build_found(found: FoundFirstStage, weights: str = "ema") -> FirstStage:
     with SkipInitialisation():
         first_stage = build_first_stage(found.config)
     taken: set[int] = set()
-    state = {f"autoencoder.{n}": owned(tensor, torch.float32, taken) for n, tensor in found.read(weights).items()}
+    tensors, check = found.read(weights), FiniteCheck(found.path)
+    for name, tensor in tensors.items():
+        check.see(found.names_of(weights)[name], tensor)
+    check.tell()
+    state = {f"autoencoder.{n}": owned(tensor, torch.float32, taken) for n, tensor in tensors.items()}
     state |= {"shift": torch.tensor(found.shift), "scale": torch.tensor(found.scale)}
     first_stage.load_state_dict(state, strict=True, assign=True)
+    first_stage.kept = rest_of(found)
     return first_stage.requires_grad_(False)
 
 
@@ -229,7 +240,7 @@ def set_latents(first_stage: FirstStage, shift: Number | None, scale: Number | N
             first_stage.__dict__.pop("reference", None)  # with other numbers it is no longer the bundled one
 
 
-def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
+def refuse_official(path: Path, found: FoundFirstStage | None, file: TensorFile | None) -> NoReturn:
     """What is recognised, and read safely, and not loaded by this version."""
     if found is not None:
         held = f"{found.inside} ({len(found.file.shapes)} tensors in {found.file.path.name})"
@@ -242,12 +253,14 @@ def refuse_official(path: Path, found: FoundFirstStage | None) -> NoReturn:
             f"{path} is a diffusers folder without a first stage that this version can load; give a Darkroom model "
             "folder, or a folder of AutoencoderKL or VQModel"
         )
-    if not is_weight_file(path):
-        raise DarkroomError(f"{path} is not a model; give a model folder (one that holds {INDEX})")
-    names = list(open_tensor_file(path).shapes)
+    if file is None:
+        raise DarkroomError(
+            f"{path} is not a model; give a model folder (one that holds {INDEX} or {PIPELINE}) or a weight file "
+            "(.safetensors, .ckpt)"
+        )
+    guess = guess_family(file.shapes)
     raise DarkroomError(
-        f"{path} is {guess_family(names)} ({len(names)} tensors), which this version cannot load; "
-        "give a Darkroom model folder"
+        f"{path} is {guess} ({len(file.shapes)} tensors), which this version cannot load by itself; {how_to_use(guess)}"
     )
 
 
@@ -266,8 +279,12 @@ def _load_part(part: str, folder: Path, weights: str, first_stage: FirstStage | 
     check_fit(hollow(build, len(stored), folder / CONFIG, f"the config of a {part}"), stored, file, folder / CONFIG)
     with SkipInitialisation():
         module = build()
+    check = FiniteCheck(file)
     for group in _groups(iter_safetensors(file)):
+        for name, tensor in group.items():
+            check.see(name, tensor)
         module.load_state_dict(group, strict=False)  # all of them together are complete, as was found out before
+    check.tell()
     return module
 
 
@@ -352,7 +369,7 @@ def save(
             stored = torch.float16 if part == "preview" else precision
             for name, digest in _save_part(module, temporary / part, raw, stored).items():
                 files[f"{part}/{name}"] = digest
-        files |= save_kept(temporary, model.kept) if isinstance(model, LatentDiffusion) else {}
+        files |= save_kept(temporary, model.kept)
         kind = "first_stage" if isinstance(model, FirstStage) else "latent_diffusion"
         if card is not None:
             _write_text(temporary / "README.md", card)
@@ -360,6 +377,8 @@ def save(
         keep_other_files(destination, temporary, replaced={INDEX, "README.md", "official", *_BUILD})
         if verify is not None:
             verify(temporary)
+    if model.kept is not None:  # what it was read from may have been replaced just now
+        model.kept = read_kept(destination)
     return destination
 
 

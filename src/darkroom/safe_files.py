@@ -53,6 +53,10 @@ _DTYPE_NAMES = {torch_name: name for name, (_, torch_name) in _DTYPES.items()}
 TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}  # "BF16": "bfloat16"
 
 
+# Weight files are known by the end of their names.
+SAFETENSORS = ".safetensors"
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+START_BYTES = 64  # of a file, enough to tell text
 MAX_DIMENSIONS = 8  # no layer has more; the product of many large sizes takes time quadratic in their number
 
 
@@ -135,11 +139,16 @@ def read_safetensors_header(path: Path | str) -> SafetensorsHeader:
 
 def _parse_header(path: Path, file: io.BufferedReader, size: int) -> SafetensorsHeader:
     again = "copy or download it again"
+    start = file.read(START_BYTES)
     if size < 8:
-        raise DarkroomError(f"{path} is not a safetensors file: it has {size} bytes; {again}")
-    (length,) = struct.unpack("<Q", file.read(8))
+        said = instead_of_weights(start) if start else again
+        raise DarkroomError(f"{path} is not a safetensors file: it has {size} bytes; {said}")
+    (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_BYTES:
-        raise DarkroomError(f"{path} is not a safetensors file (its first 8 bytes are no header length)")
+        raise DarkroomError(
+            f"{path} is not a safetensors file, its first 8 bytes are no header length: {instead_of_weights(start)}"
+        )
+    file.seek(8)
     if 8 + length > size:
         raise DarkroomError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}; {again}")
 
@@ -186,6 +195,22 @@ def _parse_header(path: Path, file: io.BufferedReader, size: int) -> Safetensors
     if size > end:
         raise bad(f"{size - end} bytes follow the last tensor")
     return SafetensorsHeader(tensors, metadata)
+
+
+def is_weight_file(path: Path) -> bool:
+    return path.suffix.lower() in (SAFETENSORS, *PICKLED)
+
+
+def instead_of_weights(start: bytes) -> str:
+    """What a file that begins so holds in the place of weights, and what to do about it."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs, which stands for the file: run `git lfs pull`, or download the file itself"
+    if text[:64].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page: download the file itself (its site may ask for a log-in or a licence first)"
+    if text and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in text):
+        return "it holds text; give a weight file (.safetensors or .ckpt), or download it again"
+    return "copy or download it again"
 
 
 def natural_numbers(values: Any) -> bool:

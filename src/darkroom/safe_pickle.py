@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from darkroom.errors import DarkroomError
 from darkroom.pickle_program import MAX_PICKLE_BYTES, Global, run_pickle
-from darkroom.safe_files import MAX_DIMENSIONS, as_dtype, natural_numbers, open_for_reading, read_bytes
+from darkroom.safe_files import (
+    MAX_DIMENSIONS,
+    START_BYTES,
+    as_dtype,
+    instead_of_weights,
+    natural_numbers,
+    open_for_reading,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,12 +102,15 @@ def _opened(path: Path) -> Iterator[_TorchZip]:
     with open_for_reading(path) as (file, size):
         if size == 0:
             raise DarkroomError(f"{path} is empty; copy or download it again")
-        start = file.read(4)
+        start = file.read(START_BYTES)
         file.seek(0)
         if start[:2] != b"PK":
             if start[:1] in (b"\x80", b"(", b"c", b"}", b"]"):
                 _refuse_plain_pickle(path, file)
-            raise DarkroomError(f"{path} is not a checkpoint: neither a torch zip file nor a safetensors file")
+            raise DarkroomError(
+                f"{path} is not a checkpoint, neither a torch zip file nor a safetensors file: "
+                f"{instead_of_weights(start)}"
+            )
         if _directory_bytes(file, size) > MAX_DIRECTORY_BYTES:
             raise DarkroomError(f"{path} is a zip file of too many entries; not a model")
         try:

@@ -423,6 +423,7 @@ class _Job:
             trainer.ema.swap()  # the averaged weights are the first stage from here on
         first_stage.to(self.device).eval()
         first_stage.__dict__.pop("reference", None)  # it is no longer the bundled one that it may have begun as
+        first_stage.kept = None  # nor does the discriminator of the file fit that it may have begun as
         if config.objective.train_encoder:
             first_stage.preview = None  # of other latents
         if config.objective.train_encoder or config.init_from is None:

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from darkroom.adapters import saved_info
-from darkroom.assemble import checked_parts, hollow_parts, latent_numbers, shapes_of
+from darkroom.assemble import FiniteCheck, checked_parts, hollow_parts, latent_numbers, shapes_of
 from darkroom.errors import DarkroomError
 from darkroom.interop import diffusers_write
 from darkroom.interop.compvis_write import keeps_averages, refuse_inexpressible, write_compvis_model
-from darkroom.interop.darkroom_model import Kept, find_darkroom, write_kept, write_parts
+from darkroom.interop.darkroom_model import find_darkroom, write_kept, write_parts
 from darkroom.interop.first_stage_files import as_number, is_former_export, same_bits
 from darkroom.interop.found_model import LATENTS, OWN, PARTS, FoundModel, find_model
-from darkroom.interop.tensor_source import MemorySource, Shape, Table, groups, same, taken
+from darkroom.interop.kept_tensors import reachable
+from darkroom.interop.tensor_file import TensorFile
+from darkroom.interop.tensor_source import JoinedSource, MemorySource, Shape, Table, groups, same, taken
 from darkroom.latent_diffusion import LatentDiffusion
-from darkroom.model_folder import CONFIG, CONVERTED_FROM, INDEX, find_source, index_text, is_model_folder, read_index
+from darkroom.model_folder import CONFIG, CONVERTED_FROM, INDEX, index_text, is_model_folder, read_index
 from darkroom.model_io import keep_other_files
 from darkroom.safe_files import new_file, new_folder, sha256_of
 
@@ -42,12 +44,17 @@ class ModelConversion:
     kept: int
     left_out: tuple[str, ...] = ()
 
+    @property
+    def has_both(self) -> bool:
+        """Whether the source has averaged weights and live ones."""
+        return bool(self.source.averaged)
 
-def find_whole(source: str | Path) -> FoundModel | None:
-    """The whole model that a path or bundled name means; None if there is a first stage alone, or nothing known."""
-    path = find_source(source)
+
+def find_whole(path: Path, file: TensorFile | None = None) -> FoundModel | None:
+    """The whole model in a file or folder; None if there is a first stage alone, or nothing known. `file`: the one of
+    that path, where it was opened before."""
     if not is_model_folder(path):
-        return find_model(path)
+        return find_model(path, file)
     index = read_index(path)
     if index.kind != "latent_diffusion":
         return None
@@ -58,8 +65,8 @@ def found_in_memory(model: LatentDiffusion) -> FoundModel:
     """A model at hand as a found one: what `export` writes."""
     modules = {"first_stage": model.first_stage, "denoiser": model.denoiser, "conditioner": model.conditioner}
     configs: dict[str, dict[str, Any]] = {}
-    carried: Kept = model.kept or Kept({}, {}, {})
-    tensors: dict[str, torch.Tensor] = {f"official/{name}": tensor for name, tensor in carried.tensors.items()}
+    carried = reachable(model.kept)
+    tensors: dict[str, torch.Tensor] = {}
     tables: dict[str, Table] = {}
     for part, module in modules.items():
         if module is None:
@@ -77,12 +84,11 @@ def found_in_memory(model: LatentDiffusion) -> FoundModel:
         layout="darkroom",
         family=str(model.info.get("family", OWN)),
         title=str(model.info.get("name", "this model")),
-        source=MemorySource(tensors),
+        source=JoinedSource(MemorySource(tensors), carried.source),
         configs=configs,
         tables=tables,
         latents=None if first is None else (as_number(first.shift), as_number(first.scale)),
-        kept=dict.fromkeys([*carried.tensors, *carried.aliases], "kept"),
-        kept_prefix="official/",
+        kept={name: carried.what.get(name, "kept") for name in (*carried.source.shapes, *carried.aliases)},
         aliases=dict(carried.aliases),
         renamed=dict(carried.renamed),
         info=saved_info(model),
@@ -179,7 +185,9 @@ def count_same(written: FoundModel, source: FoundModel, weights: str) -> tuple[i
     compared = [
         name for part in source.tables if part in written.tables for name in _pairs(written, source, part, weights)
     ]
-    count = sum(_compare(source, theirs, written, ours, shapes[part]) for part, theirs, ours in compared)
+    check = FiniteCheck(source.path)
+    count = sum(_compare(source, theirs, written, ours, shapes[part], check) for part, theirs, ours in compared)
+    check.tell()
     if not source.kept or not written.kept:
         return count, 0
     # One official file has no place for what only diffusers' folders have.
@@ -201,7 +209,14 @@ def _pairs(written: FoundModel, source: FoundModel, part: str, weights: str) -> 
     return [(part, one, written.tables_of("ema")[part])]
 
 
-def _compare(source: FoundModel, theirs: Table, written: FoundModel, ours: Table, shapes: Mapping[str, Shape]) -> int:
+def _compare(
+    source: FoundModel,
+    theirs: Table,
+    written: FoundModel,
+    ours: Table,
+    shapes: Mapping[str, Shape],
+    check: FiniteCheck | None = None,
+) -> int:
     """The number of tensors, all equal bit for bit; both files are read once more."""
     if theirs.keys() != ours.keys():
         raise DarkroomError(f"{written.path} does not give back the tensors of {source.path}")
@@ -214,4 +229,6 @@ def _compare(source: FoundModel, theirs: Table, written: FoundModel, ours: Table
             pair = (taken(theirs[name], first, shapes[name]), taken(ours[name], second, shapes[name]))
             if not same_bits(*pair):
                 raise DarkroomError(f"{written.path} does not give back {name} of {source.path} bit for bit")
+            if check is not None:
+                check.see(theirs[name].names[0], pair[0])
     return len(theirs)

@@ -101,7 +101,7 @@ def sd1() -> Any:
 
 
 def sd2() -> Any:
-    linear = {"use_linear_projection": True, "attention_head_dim": (2, 4)}
+    linear = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
     scheduler = _ddim(prediction_type="v_prediction")
     return _stable("StableDiffusionPipeline", 4, OPEN_H, linear, scheduler=scheduler)
 

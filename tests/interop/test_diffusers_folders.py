@@ -18,12 +18,14 @@ from darkroom.assemble import hollow_parts, shapes_of
 from darkroom.cli.main import main
 from darkroom.errors import DarkroomError
 from darkroom.exchange import convert
+from darkroom.interop import tensor_file
 from darkroom.interop.diffusers_components import components
 from darkroom.interop.diffusers_pipelines import choose_pipeline
 from darkroom.interop.first_stage_files import same_bits
 from darkroom.interop.found_model import find_model
 from darkroom.interop.tensor_file import open_tensor_file
 from darkroom.interop.tensor_source import inverse
+from darkroom.model_io import load
 
 FAMILIES = {
     "sd1": "sd-v1",
@@ -288,3 +290,23 @@ def test_joined_tensors_have_one_type(theirs: Path, tmp_path: Path) -> None:
     with pytest.raises(DarkroomError, match="which it is joined to") as error:
         convert(tmp_path / "mixed", tmp_path / "ours")
     assert "float16" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_header_is_read_once(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large pickles take a second each."""
+    convert(theirs / "sd1", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "noted", "diffusers")
+    convert(tmp_path / "ours", tmp_path / "whole.safetensors")
+    convert(tmp_path / "ours", tmp_path / "stage.safetensors", first_stage=True)
+    read: list[str] = []
+    original = tensor_file.read_safetensors_header
+
+    def counted(path: Path) -> Any:
+        read.append(str(path))
+        return original(path)
+
+    monkeypatch.setattr(tensor_file, "read_safetensors_header", counted)
+    for source in (theirs / "sd1", *(tmp_path / name for name in ("noted", "whole.safetensors", "stage.safetensors"))):
+        read.clear()
+        load(source, device="cpu")
+        assert read and len(set(read)) == len(read), source

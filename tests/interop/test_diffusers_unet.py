@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from renamed_states import renaming, to_ours, to_theirs
 from torch import Tensor
 
 from darkroom.conditioning.types import Conditioning
@@ -18,14 +20,14 @@ from darkroom.interop.diffusers_unet import (
     NEUTRAL,
     TRANSLATED,
     UNREAD,
-    from_diffusers,
     from_diffusers_config,
     key_table,
-    to_diffusers,
     to_diffusers_config,
 )
+from darkroom.model_io import load
 from darkroom.networks.blocks import timestep_embedding
 from darkroom.networks.unet import UNet, UNetConfig
+from darkroom.safe_files import read_safetensors, write_safetensors
 
 
 def config(**options: Any) -> UNetConfig:
@@ -73,7 +75,7 @@ def pair(ours: UNetConfig) -> tuple[UNet, UNet2DConditionModel]:
                 torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
             )
     other = UNet2DConditionModel.from_config(to_diffusers_config(ours))
-    other.load_state_dict(to_diffusers(network.state_dict(), ours), strict=True)
+    other.load_state_dict(to_theirs(network.state_dict(), renaming(key_table(ours))), strict=True)
     return network.eval(), other.eval()
 
 
@@ -105,7 +107,8 @@ def test_outputs_and_gradients_are_equal(name: str) -> None:
     out_grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(2)) / a.numel() ** 0.5
     (a * out_grad).sum().backward()
     (b * out_grad).sum().backward()
-    theirs = to_diffusers({k: p.grad for k, p in network.named_parameters() if p.grad is not None}, ours)
+    grads = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
+    theirs = to_theirs(grads, renaming(key_table(ours)))
     for key, parameter in other.named_parameters():
         torch.testing.assert_close(theirs[key], parameter.grad, atol=1e-4, rtol=1e-4)
 
@@ -116,8 +119,7 @@ def test_round_trips_are_exact(name: str) -> None:
     state = UNet(ours).state_dict()
     table = key_table(ours)
     assert list(table) != list(table.values()) and len(set(table.values())) == len(table)
-    there = to_diffusers(state, ours)
-    back = from_diffusers(there, ours)
+    back = to_ours(to_theirs(state, renaming(table)), renaming(table), state)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) and back[key].dtype == state[key].dtype for key in state)
     assert from_diffusers_config(to_diffusers_config(ours)) == ours
@@ -159,7 +161,7 @@ def test_table_names_every_tensor_of_stable_diffusion_1() -> None:
         theirs = UNet2DConditionModel(cross_attention_dim=768)
         ours = from_diffusers_config(theirs.config)
         network = UNet(ours)
-    renamed = to_diffusers(network.state_dict(), ours)
+    renamed = to_theirs(network.state_dict(), renaming(key_table(ours)))
     assert len(renamed) == 686
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
@@ -251,15 +253,22 @@ def test_what_we_lack_is_refused(entries: dict[str, Any], word: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_weights_must_fit_the_config() -> None:
+def test_weights_must_fit_the_config(tmp_path: Path) -> None:
+    """In the folder of a network alone, as diffusers saves it."""
     ours = CONFIGS["like_sd2"]
-    state = UNet(ours).state_dict()
-    with pytest.raises(DarkroomError, match=r"lacks 1 tensors, first 'out\.2\.bias'"):
-        to_diffusers({k: v for k, v in state.items() if k != "out.2.bias"}, ours)
-    with pytest.raises(DarkroomError, match="no place for 1 tensors, first 'extra'"):
-        to_diffusers({**state, "extra": torch.zeros(1)}, ours)
-    with pytest.raises(DarkroomError, match="diffusers U-Net: the state dict lacks"):
-        from_diffusers(state, ours)
+    pair(ours)[1].save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = read_safetensors(weights)
+    assert load(tmp_path, device="cpu").denoiser.config_dict["network"]["context_dim"] == ours.context_dim  # type: ignore
+    for changed, words in (
+        ({k: v for k, v in whole.items() if k != "conv_out.bias"}, r"1 tensor missing \(unet/conv_out\.bias\)"),
+        ({**whole, "extra": torch.zeros(1)}, r"1 tensors of no known part \(unet/extra\)"),
+        ({**whole, "conv_out.bias": torch.zeros(7)}, r"1 tensor of another shape or type \(unet/conv_out\.bias"),
+    ):
+        weights.unlink()
+        write_safetensors(weights, changed)
+        with pytest.raises(DarkroomError, match=words):
+            load(tmp_path, device="cpu")
 
 
 # ---- the shapes of the published models: every option of their configs at a tenth of the width, so that heads, depths,
@@ -305,7 +314,7 @@ def test_shapes_of_published_models(name: str) -> None:
     for parameter in network.parameters():
         parameter.normal_(std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
     other = UNet2DConditionModel.from_config(to_diffusers_config(ours, addition_time_embed_dim=added)).eval()
-    other.load_state_dict(to_diffusers(network.state_dict(), ours, added), strict=True)
+    other.load_state_dict(to_theirs(network.state_dict(), renaming(key_table(ours, added))), strict=True)
     x, time, conditioning = inputs(ours, size=(16, 24))
     if added is None:
         theirs = call(other, x, time, conditioning)
@@ -329,9 +338,9 @@ def test_shapes_of_published_models(name: str) -> None:
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     written = json.loads(other.to_json_string())
     assert from_diffusers_config(written) == ours
-    back = from_diffusers(other.state_dict(), ours)
-    assert back.keys() == network.state_dict().keys()
-    assert all(torch.equal(back[key], value) for key, value in network.state_dict().items())
+    state = network.state_dict()
+    back = to_ours(other.state_dict(), renaming(key_table(ours, added)), state)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], value) for key, value in state.items())
 
 
 def test_names_and_parameters_of_full_sdxl() -> None:
@@ -353,7 +362,7 @@ def test_names_and_parameters_of_full_sdxl() -> None:
         network = UNet(ours)
         other = UNet2DConditionModel.from_config(to_diffusers_config(ours, 128, 256))
     assert sum(p.numel() for p in network.parameters()) == 2_567_463_684
-    renamed = to_diffusers(network.state_dict(), ours, 256)
+    renamed = to_theirs(network.state_dict(), renaming(key_table(ours, 256)))
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in other.state_dict().items()}
 
 

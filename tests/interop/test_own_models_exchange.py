@@ -15,9 +15,10 @@ from torch import Tensor
 
 from darkroom.build import build_conditioner, build_denoiser, build_first_stage
 from darkroom.cli.main import main
-from darkroom.errors import DarkroomError
+from darkroom.errors import DarkroomError, DarkroomWarning
 from darkroom.exchange import convert, export
-from darkroom.interop.found_model import find_model, with_facts
+from darkroom.interop.facts import with_facts
+from darkroom.interop.found_model import find_model
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
 from darkroom.safe_files import read_safetensors_header, write_safetensors
@@ -101,7 +102,8 @@ def test_a_dit_is_written_alone(tmp_path: Path) -> None:
     model = LatentDiffusion(
         build_first_stage(FIRST_STAGE), build_denoiser({"network": dit}), build_conditioner(conditioner)
     )
-    path = export(model, tmp_path / "dit.safetensors", format="compvis")
+    with pytest.warns(DarkroomWarning, match="the compvis layout has no place for it: first stage"):
+        path = export(model, tmp_path / "dit.safetensors", format="compvis")
     assert set(read_safetensors_header(path).tensors) == set(model.denoiser.network.state_dict())
     again = load(path, device="cpu")
     assert isinstance(again, LatentDiffusion) and again.first_stage is None
@@ -328,15 +330,19 @@ def test_damaged_notes(tmp_path: Path) -> None:
     file = open_tensor_file(path)
     tensors = file.read(file.shapes)
     whole = json.loads(file.notes["darkroom_model"])
-    wrong: tuple[dict[str, Any], ...] = (
-        {"latents": ["x", "y"]},
-        {"info": {"defaults": [1]}},
-        {"info": {"defaults": {"size": "abc"}}},
-    )
-    changed = [json.dumps(whole | change) for change in wrong]
-    for note in ("{", "[]", json.dumps({"configs": {}, "family": "own", "latents": None, "info": {}}), *changed):
-        write_safetensors(tmp_path / "bad.safetensors", tensors, file.notes | {"darkroom_model": note})
-        with pytest.raises(DarkroomError, match="its note about the model cannot be read"):
+    note = "its note about the model cannot be read"
+    defaults = {"info": {"defaults": {"size": "abc"}}}
+    for text, words in (
+        *(
+            (text, note)
+            for text in ("{", "[]", json.dumps({"configs": {}, "family": "own", "latents": None, "info": {}}))
+        ),
+        (json.dumps(whole | {"latents": ["x", "y"]}), note),
+        (json.dumps(whole | {"info": {"defaults": [1]}}), "defaults: expected a mapping"),
+        (json.dumps(whole | defaults), r'bad\.safetensors: "defaults\.size" is a list'),
+    ):
+        write_safetensors(tmp_path / "bad.safetensors", tensors, file.notes | {"darkroom_model": text})
+        with pytest.raises(DarkroomError, match=words):
             load(tmp_path / "bad.safetensors")
         (tmp_path / "bad.safetensors").unlink()
     convert(tiny(tmp_path), tmp_path / "cin")
@@ -449,7 +455,7 @@ def test_facts_of_what_says_everything_itself(tmp_path: Path, refused: Callable[
     assert 'for which "prediction" cannot be set' in refused("convert", stage, tmp_path / "x", "--set", "prediction=v")
     for source in (tmp_path / "ours", stage):
         words = refused("convert", source, tmp_path / "x", "--set", "scale=big")
-        assert "scale='big' is no number; give one number, or a list of one per latent channel" in words
+        assert "scale=big is no number; give one number, or a list of one per latent channel" in words
 
 
 def test_an_unknown_family_in_the_index(tmp_path: Path, refused: Callable[..., str]) -> None:

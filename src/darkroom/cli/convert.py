@@ -63,11 +63,17 @@ def convert(
             weights=weights,
             scale=scale,
             shift=shift,
-            facts=parse_overrides(facts),
+            facts=parse_overrides(facts, "prediction=v"),
             first_stage=first_stage,
             progress=bar.update,
         )
-    for line in _lines(done) if isinstance(done, Conversion) else _lines_of_model(done):
+    lines = _lines(done) if isinstance(done, Conversion) else _lines_of_model(done)
+    if weights and not done.has_both:
+        lines.insert(
+            1,
+            f"  weights: the source has one kind (no averaged ones beside live ones): --weights {weights} is it",
+        )
+    for line in lines:
         click.echo(line)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import click
 
 from darkroom import __version__
-from darkroom.errors import DarkroomError
+from darkroom.errors import DarkroomError, DarkroomWarning
 
 # name: (module, function, what `darkroom --help` says about it)
 COMMANDS = {
@@ -113,10 +114,27 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings of ours as one line each, as errors are; those of others as Python shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", DarkroomWarning)
+        theirs = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, DarkroomWarning):
+                print(f"darkroom: note: {message}", file=sys.stderr)
+            else:
+                theirs(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit status (0 done, 2 bad input, 130 interrupted, 143 terminated)."""
     try:
-        with _terminable():
+        with _terminable(), _notes():
             result = cli.main(
                 args=None if arguments is None else list(arguments), prog_name="darkroom", standalone_mode=False
             )

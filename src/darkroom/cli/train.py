@@ -10,15 +10,15 @@ import click
 from darkroom.errors import DarkroomError
 
 
-def parse_overrides(settings: tuple[str, ...]) -> dict[str, Any]:
-    """("steps=60", "optimizer.learning_rate=1e-4") -> dotted keys with values read as YAML."""
+def parse_overrides(settings: tuple[str, ...], example: str = "steps=60") -> dict[str, Any]:
+    """("steps=60", "optimizer.learning_rate=1e-4") -> dotted keys with values read as YAML. example: for messages."""
     import yaml
 
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():
-            raise DarkroomError(f"--set {setting}: write it as KEY=VALUE, for example --set steps=60")
+            raise DarkroomError(f"--set {setting}: write it as KEY=VALUE, for example --set {example}")
         try:
             overrides[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:

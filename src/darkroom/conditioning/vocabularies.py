@@ -252,8 +252,9 @@ def missing_vocabulary(family: str, where: str) -> DarkroomError:
     """What to say when text cannot become ids. `where`: the setting that takes the path."""
     known = FAMILIES[family]
     return DarkroomError(
-        f"text needs {known.name}'s vocabulary, which no checkpoint holds: {known.wanted}; name the folder in "
-        f"{where}, put it into {VOCABULARIES}/{family}, or give token ids instead of text"
+        f"text needs {known.name}'s vocabulary, which no checkpoint holds: put {known.wanted} into a folder {family}/ "
+        f"and name the folder around it in the environment variable {VOCABULARIES}, name its folder in {where}, or "
+        "give token ids instead of text"
     )
 
 

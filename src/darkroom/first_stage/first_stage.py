@@ -45,6 +45,8 @@ class FirstStage(nn.Module):
         self.autoencoder = autoencoder
         self._preview: tuple[PreviewDecoder | None] = (None,)
         self.pixels = pixels or PixelFormat()
+        # What the official file that it came from held besides, for its export: `Kept` of interop/kept_tensors.py.
+        self.kept: Any = None
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
         self._set(0.0 if shift is None else shift, 1.0 if scale is None else scale)

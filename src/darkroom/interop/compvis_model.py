@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import check_defaults
 from darkroom.interop import families
 from darkroom.interop.compvis_conditions import Whose, conditions_kind, find_conditions, standard_places
 from darkroom.interop.compvis_first_stage import AVERAGED
@@ -22,8 +22,8 @@ from darkroom.interop.compvis_networks import infer_network, network_kind
 from darkroom.interop.compvis_schedule import BUFFERS, read_schedule
 from darkroom.interop.families import Family, Look
 from darkroom.interop.first_stage_files import EXPORTED_BY, SCALE, Glance, as_number, glance
-from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, check_defaults, noted_latents
-from darkroom.interop.tensor_file import TensorFile, open_tensor_file, some
+from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel, noted_latents
+from darkroom.interop.tensor_file import TensorFile, some
 from darkroom.interop.tensor_source import FileSource, Shape, Table, same
 from darkroom.safe_json import parse_json
 
@@ -53,9 +53,9 @@ KEPT_ENDS = (
 )
 
 
-def find_compvis(path: Path) -> FoundModel | None:
+def find_compvis(file: TensorFile) -> FoundModel | None:
     """The whole model in a weight file; None where there is no denoiser in it that is known here."""
-    file = open_tensor_file(path)
+    path = file.path
     prefix = _network_prefix(file)
     if prefix is None:
         return None
@@ -147,7 +147,7 @@ def _noted(file: TensorFile, prefix: str, first_stage: Glance | None) -> FoundMo
         note = parse_json(file.notes[MODEL_NOTE].encode())
         configs, family = dict(note["configs"]), str(note["family"])
         encoders, latents = dict(configs["conditioner"]["encoders"]), note["latents"]
-        check_defaults(note["info"].get("defaults", {}))
+        check_defaults(note["info"].get("defaults"), file.path)
         info = {"name": file.path.stem, **note["info"]} | ({} if family == OWN else {"family": family})
         if latents is not None:
             latents = noted_latents(latents)

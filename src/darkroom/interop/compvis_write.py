@@ -19,7 +19,7 @@ from darkroom.interop.compvis_schedule import buffers
 from darkroom.interop.content import Content
 from darkroom.interop.families import family_named
 from darkroom.interop.first_stage_files import EXPORTED_BY, SCALE
-from darkroom.interop.found_model import MODEL_NOTE, OWN, FoundModel
+from darkroom.interop.found_model import MODEL_NOTE, NOTED, OWN, FoundModel
 from darkroom.interop.tensor_source import Shape, Table, same
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def notes_of(found: FoundModel) -> dict[str, str]:
         "family": found.family,
         "configs": found.configs,
         "latents": found.latents,
-        "info": {key: value for key, value in found.info.items() if key in ("name", "defaults")},
+        "info": {key: value for key, value in found.info.items() if key in NOTED},
     }
     notes = {EXPORTED_BY: f"darkroom {__version__}", MODEL_NOTE: json.dumps(model)}
     if found.latents is not None and not isinstance(found.latents[1], list):
@@ -198,8 +198,7 @@ def write_compvis_model(
 ) -> Content:
     """One file: safetensors, or a checkpoint that the official code can load. Not atomic by itself: see `new_file`."""
     from darkroom.interop.first_stage_files import write_pickled
-    from darkroom.interop.tensor_file import SAFETENSORS
-    from darkroom.safe_files import stream_safetensors
+    from darkroom.safe_files import SAFETENSORS, stream_safetensors
 
     content, notes = compvis_content(found, shapes, weights), notes_of(found)
     if destination.suffix.lower() == SAFETENSORS:

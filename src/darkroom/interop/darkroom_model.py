@@ -7,25 +7,21 @@ gives it again: small things mostly, but also the perceptual network and discrim
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darkroom.errors import DarkroomError
 from darkroom.interop.content import Content
 from darkroom.interop.first_stage_files import as_number
 from darkroom.interop.found_model import KEPT_FILE, LATENTS, FoundModel
+from darkroom.interop.kept_tensors import Kept, keep, kept_notes, write_kept_file
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file
 from darkroom.interop.tensor_source import FileSource, Place, Shape, Table, groups, same
-from darkroom.safe_files import read_json, sha256_of, stream_safetensors, write_safetensors
-from darkroom.safe_json import parse_json
+from darkroom.safe_files import read_json, sha256_of, stream_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CARRIED = 2**18  # elements of a kept tensor that a loaded model carries along
 CONFIG, AVERAGED, LIVE = "config.json", "model.safetensors", "model.live.safetensors"
 
 
@@ -57,7 +53,7 @@ def find_darkroom(path: Path, places: Mapping[str, Path], info: Mapping[str, Any
     if (path / KEPT_FILE).is_file():
         file = open_tensor_file(path / KEPT_FILE)
         files.append(("official/", file))
-        kept, aliases, renamed = _notes(file)
+        kept, aliases, renamed = kept_notes(file)
     family = str(info.get("family", "own"))
     return FoundModel(
         path=path,
@@ -75,19 +71,6 @@ def find_darkroom(path: Path, places: Mapping[str, Path], info: Mapping[str, Any
         renamed=renamed,
         info=dict(info),
     )
-
-
-def _notes(file: TensorFile) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """What the kept tensors are; official names with another's tensor; our names with unusual official ones."""
-    try:
-        tables = [parse_json(file.notes.get(key, "{}").encode()) for key in ("what", "aliases", "renamed")]
-    except ValueError:
-        tables = [None]
-    if not all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables):
-        raise DarkroomError(f"{file.path} is damaged: its tables of names cannot be read; convert the model again")
-    what, aliases, renamed = tables
-    copied = dict.fromkeys(aliases, "first stage, listed again")
-    return {name: what.get(name, "kept") for name in file.shapes} | copied, aliases, renamed
 
 
 def write_parts(
@@ -137,53 +120,15 @@ def write_kept(folder: Path, found: FoundModel) -> dict[str, str]:
     for name in found.kept:
         if name not in aliases:
             content.copied[name] = (found.source, found.kept_place(name))
-    path = folder / KEPT_FILE
-    path.parent.mkdir()
-    tables = {"what": {name: what for name, what in found.kept.items() if name in content.copied},
-              "aliases": aliases, "renamed": found.renamed}  # fmt: skip
-    notes = {key: json.dumps(table) for key, table in tables.items()}
-    return {KEPT_FILE: stream_safetensors(path, content.entries(), content.produce, notes)}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a loaded model carries along of its official file, so that an export gives it back: small tensors by their
-    official names, and names of others; see `FoundModel`."""
-
-    tensors: Mapping[str, Tensor]
-    aliases: Mapping[str, str]
-    renamed: Mapping[str, str]
+    what = {name: what for name, what in found.kept.items() if name in content.copied}
+    return write_kept_file(folder, content, what, aliases, found.renamed)
 
 
 def kept_of(found: FoundModel) -> Kept | None:
-    """Without what is large."""
-    if not (found.kept or found.renamed):
-        return None
+    """What a model that is loaded from there carries along."""
     aliases = found.aliases or _copies(found)
-    small = [
-        n for n in found.kept if n not in aliases and math.prod(found.source.shapes[found.kept_place(n)]) <= CARRIED
-    ]
-    tensors = found.source.read([found.kept_place(name) for name in small])
-    return Kept({name: tensors[found.kept_place(name)] for name in small}, aliases, found.renamed)
-
-
-def save_kept(folder: Path, kept: Kept | None) -> dict[str, str]:
-    """Into a model folder; gives the SHA-256 of the file, if there is one."""
-    if kept is None:
-        return {}
-    (folder / KEPT_FILE).parent.mkdir()
-    notes = {"aliases": json.dumps(kept.aliases), "renamed": json.dumps(kept.renamed)}
-    return {KEPT_FILE: write_safetensors(folder / KEPT_FILE, kept.tensors, notes)}
-
-
-def read_kept(folder: Path) -> Kept | None:
-    """That of a model folder."""
-    if not (folder / KEPT_FILE).is_file():
-        return None
-    file = open_tensor_file(folder / KEPT_FILE)
-    _, aliases, renamed = _notes(file)
-    small = [name for name, shape in file.shapes.items() if math.prod(shape) <= CARRIED]
-    return Kept(file.read(small), aliases, renamed)
+    names = {name: found.kept_place(name) for name in found.kept if name not in aliases}
+    return keep(found.source, names, found.kept, aliases, found.renamed)
 
 
 def _copies(found: FoundModel) -> dict[str, str]:

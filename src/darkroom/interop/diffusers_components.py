@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from darkroom.conditioning.encoders import ENCODERS
@@ -19,7 +20,7 @@ from darkroom.interop import diffusers_transformers as transformers
 from darkroom.interop import diffusers_unet as unet
 from darkroom.interop import diffusers_unet2d as unet2d
 from darkroom.interop.diffusers_pipelines import Pipeline
-from darkroom.interop.tensor_source import Place, Shape, Table
+from darkroom.interop.tensor_source import Made, Place, Shape, Table
 from darkroom.networks.dit import DiTConfig
 from darkroom.networks.mmdit import MMDiTConfig
 from darkroom.networks.unet import UNetConfig
@@ -44,7 +45,7 @@ class Component:
     config:  its config.json
     stem:    of its weight file's name
     part:    of our model, whose tensors it holds; table: that part's names -> theirs, without the folder
-    ready:   tensors that theirs has and ours has not
+    ready:   tensors that theirs has and ours has not, made when they are written
     """
 
     folder: str
@@ -54,7 +55,7 @@ class Component:
     stem: str
     part: str
     table: Table
-    ready: Mapping[str, Tensor] = field(default_factory=dict)
+    ready: Mapping[str, Made] = field(default_factory=dict)
 
     def places(self) -> Table:
         """The table with the folder in front of their names."""
@@ -80,7 +81,10 @@ def components(
     sample_size: int | None = None,
 ) -> list[Component]:
     """The components with tensors of a model of ours. shapes: by part, of our tensors."""
-    result = [network_component(network_config(configs["denoiser"]), configs["conditioner"]["encoders"], sample_size)]
+    network = network_component(network_config(configs["denoiser"]), configs["conditioner"]["encoders"], sample_size)
+    if pipeline.name == "StableDiffusionPipeline" and _is_upcast(configs):
+        network = replace(network, config={**network.config, "upcast_attention": True})
+    result = [network]
     if "first_stage" in configs and latents is not None:
         result.append(_autoencoder(configs["first_stage"], shapes["first_stage"], latents, pipeline.autoencoder))
     for name, encoder in configs["conditioner"]["encoders"].items():
@@ -92,6 +96,16 @@ def components(
         elif kind == "class" and encoder.get("slot", "context") != "label":
             result.append(_classes(name, encoder))
     return result
+
+
+def _is_upcast(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Stable Diffusion 2 at 768 pixels, whose attention overflows in float16: the official code computes it in float32,
+    and diffusers where the network's config says so."""
+    second = any(
+        encoder["kind"] == "open_clip" or (encoder["kind"] == "clip" and encoder.get("model") == "ViT-H-14")
+        for encoder in configs["conditioner"]["encoders"].values()
+    )
+    return second and configs["denoiser"].get("prediction_type") == "v"
 
 
 def network_component(
@@ -165,7 +179,7 @@ def _towers(encoder_name: str, encoder: Mapping[str, Any]) -> list[Component]:
         if use.family == "clip" and use.pool == "projected":
             options.setdefault("with_projection", True)
         network = text.tower_config(use.family, use.model, options)
-        ready: dict[str, Tensor] = {}
+        ready: dict[str, Made] = {}
         if use.family == "t5":
             cls, table, values = "T5EncoderModel", text.t5_table(network), text.t5_config(network)
         else:
@@ -179,7 +193,8 @@ def _towers(encoder_name: str, encoder: Mapping[str, Any]) -> list[Component]:
             if projected and use.pool != "projected":  # theirs projects; ours reads the text as it is
                 table = {ours: place for ours, place in table.items() if "text_projection" not in ours}
                 values = values | {"projection_dim": values["hidden_size"]}
-                ready["text_projection.weight"] = _identity(values["hidden_size"])
+                side = values["hidden_size"]
+                ready["text_projection.weight"] = Made((side, side), partial(_identity, side))
         start = f"encoders.{encoder_name}.towers.{name}.network."
         table = {start + ours: place for ours, place in table.items()}
         result.append(Component(folder, "transformers", cls, values, TRANSFORMER, "conditioner", table, ready))
@@ -201,9 +216,10 @@ def _bert(name: str, encoder: Mapping[str, Any], shapes: Mapping[str, Shape]) ->
     start = f"encoders.{name}.tower."
     vocabulary, width = shapes[f"{start}transformer.token_emb.weight"]
     table = {start + ours: place for ours, place in text.bert_table(full["depth"], full["logits_head"]).items()}
-    ready = {}
+    ready: dict[str, Made] = {}
     if not full["logits_head"]:  # theirs always has that layer, which nothing reads
-        ready = {"to_logits.weight": torch.zeros(vocabulary, width), "to_logits.bias": torch.zeros(vocabulary)}
+        sizes = {"to_logits.weight": (vocabulary, width), "to_logits.bias": (vocabulary,)}
+        ready = {name: Made(shape, partial(torch.zeros, shape)) for name, shape in sizes.items()}
     values = text.bert_config(full, vocabulary)
     return Component("bert", "latent_diffusion", text.BERT_CLASS, values, TRANSFORMER, "conditioner", table, ready)
 

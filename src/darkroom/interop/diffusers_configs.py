@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from darkroom.conditioning import vocabularies
 from darkroom.config import to_dict
@@ -28,10 +29,8 @@ from darkroom.interop.diffusers_unet2d import from_unet2d_config
 from darkroom.interop.families import Look
 from darkroom.interop.first_stage_files import CONFIG
 from darkroom.interop.found_model import OWN
+from darkroom.interop.tensor_source import Made
 from darkroom.safe_files import read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NETWORK_CLASSES = {
     UNET_CLASS: from_diffusers_config,
@@ -65,21 +64,23 @@ class FoundConfigs:
     sizes_from: dict[str, str] = field(default_factory=dict)
 
 
-def made_tensors(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What theirs computes or leaves out, and ours stores: "made/PART/our name" -> its numbers."""
-    result: dict[str, Tensor] = {}
+def made_tensors(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Made]:
+    """What theirs computes or leaves out, and ours stores, by "made/PART/our name"."""
+    result: dict[str, Made] = {}
     network = configs["denoiser"]["network"]
     if network["kind"] == "dit":
         from darkroom.networks.positions import square_table
 
-        side = network["input_size"] // network["patch_size"]
-        result[f"{MADE}denoiser/network.pos_embed"] = square_table(side, side, network["hidden_size"])
+        side, width = network["input_size"] // network["patch_size"], network["hidden_size"]
+        table = Made((1, side * side, width), partial(square_table, side, side, width))
+        result[f"{MADE}denoiser/network.pos_embed"] = table
     for name, encoder in configs["conditioner"]["encoders"].items():
         if encoder["kind"] == "sdxl_text":
             import torch
 
             # The temperature of CLIP's training, which nothing reads.
-            result[f"{MADE}conditioner/encoders.{name}.towers.clip_g.network.logit_scale"] = torch.tensor(2.6592600)
+            temperature = Made((), partial(torch.tensor, 2.6592600))
+            result[f"{MADE}conditioner/encoders.{name}.towers.clip_g.network.logit_scale"] = temperature
     return result
 
 

@@ -7,12 +7,14 @@ each tensor of each component is ours, or kept by name for the way back; anythin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import check_defaults
 from darkroom.interop import diffusers_first_stage as autoencoders
 from darkroom.interop.diffusers_components import (
     MODEL,
@@ -32,10 +34,10 @@ from darkroom.interop.diffusers_configs import (
 )
 from darkroom.interop.diffusers_pipelines import OWN_PIPELINE, Pipeline
 from darkroom.interop.first_stage_files import CONFIG, PIPELINE, expected_shapes, plain_config
-from darkroom.interop.found_model import OWN, FoundModel, check_defaults, noted_latents
-from darkroom.interop.stated_depths import check_depths
+from darkroom.interop.found_model import NOTED, OWN, FoundModel, noted_latents
+from darkroom.interop.stated_sizes import check_stated
 from darkroom.interop.tensor_file import TensorFile, open_tensor_file, some
-from darkroom.interop.tensor_source import FileSource, JoinedSource, MemorySource, Place, Shape, Table, same
+from darkroom.interop.tensor_source import FileSource, JoinedSource, Made, MadeSource, Place, Shape, Table, same
 from darkroom.interop.text_towers import BESIDE
 from darkroom.safe_files import read_json
 
@@ -45,6 +47,7 @@ LIVE = "live/"  # in front of names of weights as the last step of training left
 LIVE_VARIANT = "non_ema"  # diffusers' word for them
 # Components whose configs state numbers of layers.
 WITH_LAYERS = ("unet", "transformer", "bert", *(f"text_encoder{n}" for n in ("", "_2", "_3")), *autoencoders.SUBFOLDERS)
+FREE_TABLE = 2**22  # numbers of a computed table that are always allowed
 # Components that are no part of a latent diffusion model: a filter behind it, estimators of conditions.
 BESIDE_MODEL = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 
@@ -88,7 +91,10 @@ def component_files(folder: Path, variant: str | None = None) -> list[Path]:
     return []
 
 
-def _open(path: Path, folder: str, variant: str | None = None) -> list[tuple[str, TensorFile]]:
+Files = list[tuple[str, TensorFile]]  # each with what stands in front of its names
+
+
+def _open(path: Path, folder: str, variant: str | None = None) -> Files:
     files = [(f"{folder}/", open_tensor_file(place)) for place in component_files(path / folder, variant)]
     if not files and variant is None:
         raise DarkroomError(
@@ -111,14 +117,14 @@ def component_names(index: Mapping[str, Any]) -> list[str]:
 
 def _foreign(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
     names = component_names(index)
+    opened: dict[str, Files] = {}
     for name in names:
         place = path / name / CONFIG
         if name in WITH_LAYERS and place.is_file():
-            tensors = sum(len(file.shapes) for _, file in _open(path, name))
-            check_depths(read_json(place, "config"), tensors, path / name, place)
+            opened[name] = _open(path, name)
+            check_stated(read_json(place, "config"), [file.shapes for _, file in opened[name]], path / name, place)
     read = read_configs(path, pipeline, names)
-    files = [pair for folder in read.folders for pair in _open(path, folder)]
-    source = FileSource(files)
+    source = FileSource(pair for folder in read.folders for pair in opened.get(folder) or _open(path, folder))
     tables, kept, made = _tables(path, read, source.shapes)
     left_out = [name for name in names if name in BESIDE_MODEL]
     facts = {"prediction": f"{read.configs['denoiser']['prediction_type']} (of scheduler_config.json)"}
@@ -129,7 +135,7 @@ def _foreign(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
         layout="diffusers",
         family=read.family,
         title=read.title,
-        source=JoinedSource(source, MemorySource(made), FileSource(live[0])),
+        source=JoinedSource(source, MadeSource(made), FileSource(live[0])),
         configs=read.configs,
         tables=tables | live[1],
         averaged={part: tables[part] for part in live[1]},
@@ -143,7 +149,7 @@ def _foreign(path: Path, pipeline: str, index: Mapping[str, Any]) -> FoundModel:
 
 def _tables(
     path: Path, read: FoundConfigs, shapes: Mapping[str, Shape]
-) -> tuple[dict[str, Table], dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, Table], dict[str, str], dict[str, Made]]:
     """By part, where ours stand; what is kept; what theirs computes and ours stores."""
     first = read.configs["first_stage"]
     own = {f"autoencoder.{n}": s for n, s in expected_shapes(plain_config(first, str(path)), path).items()}
@@ -155,6 +161,7 @@ def _tables(
     for component in found:
         tables[component.part] |= _as_stored(component, shapes)
     made = made_tensors(read.configs)
+    _check_made(path, made, shapes)
     for ours in made:
         part, _, name = ours.removeprefix(MADE).partition("/")
         tables[part][name] = same(ours)
@@ -171,6 +178,17 @@ def _tables(
     if unknown:
         raise DarkroomError(f"{path} holds {len(unknown)} tensors of no known part ({some(unknown)})")
     return dict(tables), kept, made
+
+
+def _check_made(path: Path, made: Mapping[str, Made], shapes: Mapping[str, Shape]) -> None:
+    """No weights tell the size of a table that theirs computes, so it is compared with all of them."""
+    most = max(FREE_TABLE, sum(math.prod(shape) for shape in shapes.values()))
+    for name, one in made.items():
+        if math.prod(one.shape) > most:
+            raise DarkroomError(
+                f"{path} states sizes (sample_size, patch_size) whose table {name.rpartition('.')[2]} of shape "
+                f"{one.shape} is larger than all its weights; give the config and the weights of one model"
+            )
 
 
 def _as_stored(component: Component, shapes: Mapping[str, Shape]) -> Table:
@@ -212,9 +230,7 @@ def _kept(name: str) -> str | None:
     return "unused part of the text tower" if BESIDE.fullmatch(rest) or rest == "text_projection.weight" else None
 
 
-def _live(
-    path: Path, folders: Iterable[str], tables: Mapping[str, Table]
-) -> tuple[list[tuple[str, TensorFile]], dict[str, Table]]:
+def _live(path: Path, folders: Iterable[str], tables: Mapping[str, Table]) -> tuple[Files, dict[str, Table]]:
     """The weights before averaging, where components have them beside the averaged ones; by part, where ours stand."""
     files = [(LIVE + prefix, file) for folder in folders for prefix, file in _open(path, folder, LIVE_VARIANT)]
     there = {prefix + name for prefix, file in files for name in file.shapes}
@@ -238,12 +254,13 @@ def _bare(path: Path) -> FoundModel | None:
     files = [open_tensor_file(place) for place in component_files(path)]
     if not files:
         raise DarkroomError(f"{path} holds no weights; {MODEL}.safetensors is needed")
-    check_depths(config, sum(len(file.shapes) for file in files), path, path / CONFIG)
+    check_stated(config, [file.shapes for file in files], path, path / CONFIG)
     configs = bare_configs(path / CONFIG)
     component = network_component(network_config(configs["denoiser"]), {}, None)
     source = FileSource([(f"{component.folder}/", file) for file in files])
     table = dict(_as_stored(component, source.shapes))
     made = made_tensors(configs)
+    _check_made(path, made, source.shapes)
     table |= {name.removeprefix(f"{MADE}denoiser/"): same(name) for name in made}
     used = {name for place in table.values() for name in place.names}
     if unknown := [name for name in source.shapes if name not in used]:
@@ -253,7 +270,7 @@ def _bare(path: Path) -> FoundModel | None:
         layout="diffusers",
         family=OWN,
         title=f"a diffusers {component.cls}",
-        source=JoinedSource(source, MemorySource(made)),
+        source=JoinedSource(source, MadeSource(made)),
         configs=configs,
         tables={"denoiser": table, "conditioner": {}},
         info={"name": path.resolve().name},
@@ -268,13 +285,14 @@ def _noted(path: Path, pipeline: str, names: list[str]) -> FoundModel:
     """A folder that we wrote: the note says what it is; what the components have no place for is in a file beside."""
     rest = [open_tensor_file(path / REST_FILE)] if (path / REST_FILE).is_file() else []
     inside = [name for name in names if name not in BESIDE_MODEL and PurePosixPath(name).name == name]
-    stored = [open_tensor_file(place) for name in inside for place in component_files(path / name)]
+    opened = {name: [open_tensor_file(place) for place in component_files(path / name)] for name in inside}
     note = read_json(path / NOTE_FILE, "note about the model")
-    check_depths(note.get("configs"), sum(len(file.shapes) for file in (*stored, *rest)), path, path / NOTE_FILE)
+    stored = [file.shapes for file in (*(file for files in opened.values() for file in files), *rest)]
+    check_stated(note.get("configs"), stored, path, path / NOTE_FILE)
     try:
         configs, latents = dict(note["configs"]), noted_latents(note["latents"])
         family, kept, info = str(note["family"]), dict(note["kept"]), dict(note["info"])
-        check_defaults(info.get("defaults", {}))
+        check_defaults(info.get("defaults"), path / NOTE_FILE)
         aliases, renamed, name = dict(note["aliases"]), dict(note["renamed"]), str(note["autoencoder"])
         places: dict[str, str] = dict(note["places"])
         shapes = {part: {n: tuple(s) for n, s in table.items()} for part, table in note["shapes"].items()}
@@ -282,7 +300,7 @@ def _noted(path: Path, pipeline: str, names: list[str]) -> FoundModel:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError):
         raise DarkroomError(f"{path / NOTE_FILE} is damaged: what it says about the model cannot be read") from None
     folders = [component.folder for component in found]
-    files = [pair for folder in folders for pair in _open(path, folder)]
+    files = [(f"{folder}/", file) for folder in folders for file in opened.get(folder, ())]
     source = FileSource([*files, *(("", file) for file in rest)])
     tables: dict[str, dict[str, Place]] = {"first_stage": {}, "denoiser": {}, "conditioner": {}}
     for component in found:
@@ -331,7 +349,7 @@ def note_text(
         "configs": found.configs,
         "latents": found.latents,
         "autoencoder": autoencoder,
-        "info": {key: value for key, value in found.info.items() if key in ("name", "defaults", "description")},
+        "info": {key: value for key, value in found.info.items() if key in NOTED},
         "kept": found.kept,
         "places": dict(places),
         "aliases": found.aliases,

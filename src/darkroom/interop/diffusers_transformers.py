@@ -13,15 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from darkroom.config import nearest
 from darkroom.errors import DarkroomError
 from darkroom.interop.tensor_source import Place, Table
 from darkroom.networks.dit import DiTConfig
 from darkroom.networks.mmdit import MMDiTConfig
-from darkroom.networks.positions import square_table
 
 # (our tensor, their tensors): one of theirs is the same tensor, three are its thirds along the rows, and a name that
 # begins with SWAPPED has both halves of the rows the other way round. REPEATED: all of them are the same tensor.
@@ -222,77 +218,6 @@ def _place(theirs: tuple[str, ...]) -> Place:
         if theirs[0].startswith(mark):
             return Place(tuple(name.removeprefix(mark) for name in theirs), form)  # type: ignore[arg-type]
     return Place(theirs)
-
-
-def dit_to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """The state dict of our `DiT(config)` under diffusers' names. They compute the position table anew."""
-    _check_names(state, {"pos_embed", *(ours for ours, _ in _dit_rows(config))}, "DiT")
-    return _to_theirs(state, _dit_rows(config))
-
-
-def dit_from_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """The inverse of `dit_to_diffusers`; `config` is ours."""
-    side = config.input_size // config.patch_size
-    return {
-        "pos_embed": square_table(side, side, config.hidden_size),
-        **_to_ours(state, _dit_rows(config), "diffusers DiT"),
-    }
-
-
-def sd3_to_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-    """The state dict of our `MMDiT(config)` under diffusers' names."""
-    _check_names(state, {ours for ours, _ in _sd3_rows(config)}, "MMDiT")
-    return _to_theirs(state, _sd3_rows(config))
-
-
-def sd3_from_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
-    """The inverse of `sd3_to_diffusers`; `config` is ours."""
-    return _to_ours(state, _sd3_rows(config), "diffusers SD3")
-
-
-def _to_theirs(state: Mapping[str, Tensor], rows: Iterator[Row]) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for ours, theirs in rows:
-        tensor = state[ours]
-        if theirs[0].startswith(SWAPPED):
-            result[theirs[0].removeprefix(SWAPPED)] = torch.cat(tensor.chunk(2)[::-1])
-        elif theirs[0].startswith(REPEATED):
-            result |= {name.removeprefix(REPEATED): tensor for name in theirs}
-        else:
-            result |= dict(zip(theirs, tensor.chunk(len(theirs)), strict=True))
-    return result
-
-
-def _to_ours(state: Mapping[str, Tensor], rows: Iterator[Row], what: str) -> dict[str, Tensor]:
-    table = list(rows)
-    plain = [name.removeprefix(SWAPPED).removeprefix(REPEATED) for _, theirs in table for name in theirs]
-    _check_names(state, set(plain), what)
-    result: dict[str, Tensor] = {}
-    for ours, theirs in table:
-        if theirs[0].startswith(SWAPPED):
-            result[ours] = torch.cat(state[theirs[0].removeprefix(SWAPPED)].chunk(2)[::-1])
-        elif theirs[0].startswith(REPEATED):
-            first, *others = (state[name.removeprefix(REPEATED)] for name in theirs)
-            if not all(torch.equal(first, other) for other in others):
-                raise DarkroomError(
-                    f"{what}: the blocks have different copies of {ours!r}, which has no equivalent here; give weights "
-                    "that come from the official model"
-                )
-            result[ours] = first
-        else:
-            parts = [state[name] for name in theirs]
-            result[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return result
-
-
-def _check_names(state: Mapping[str, Tensor], expected: set[str], what: str) -> None:
-    for problem, names in (("lacks", expected - state.keys()), ("has no place for", state.keys() - expected)):
-        if names:
-            subject = "the state dict" if problem == "lacks" else "the config"
-            raise DarkroomError(
-                f"{what}: {subject} {problem} {len(names)} tensors, first {min(names)!r}; give the weights and the "
-                "config of one model"
-            )
 
 
 def _layer(ours: str, *theirs: str) -> Iterator[Row]:

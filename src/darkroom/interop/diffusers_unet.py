@@ -14,8 +14,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from darkroom.config import nearest
 from darkroom.errors import DarkroomError
 from darkroom.networks.unet import UNetConfig
@@ -207,31 +205,6 @@ def key_table(config: UNetConfig, addition_time_embed_dim: int | None = None) ->
     """ours: theirs, for every tensor of the network, in the order of our layers."""
     _refuse_what_diffusers_lacks(config)
     return dict(_rows(config, _is_added(config, addition_time_embed_dim)))
-
-
-def to_diffusers(
-    state: Mapping[str, Tensor], config: UNetConfig, addition_time_embed_dim: int | None = None
-) -> dict[str, Tensor]:
-    """The state dict of our `UNet(config)` under diffusers' names. The tensors are the same objects."""
-    return _renamed(state, key_table(config, addition_time_embed_dim), "U-Net")
-
-
-def from_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`; `config` is ours. The names tell whether the vector is an added condition."""
-    added = any(name.startswith("add_embedding.") for name in state)
-    table = key_table(config, ADDED_WIDTH if added else None)
-    return _renamed(state, {theirs: ours for ours, theirs in table.items()}, "diffusers U-Net")
-
-
-def _renamed(state: Mapping[str, Tensor], table: Mapping[str, str], what: str) -> dict[str, Tensor]:
-    for problem, names in (("lacks", table.keys() - state.keys()), ("has no place for", state.keys() - table.keys())):
-        if names:
-            subject = "the state dict" if problem == "lacks" else "the config"
-            raise DarkroomError(
-                f"{what}: {subject} {problem} {len(names)} tensors, first {min(names)!r}; give the weights and the "
-                "config of one model"
-            )
-    return {name: state[old] for old, name in table.items()}
 
 
 def _is_added(config: UNetConfig, addition_time_embed_dim: int | None) -> bool:

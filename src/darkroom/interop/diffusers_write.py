@@ -107,7 +107,7 @@ def write_diffusers_model(
 def _content(
     component: Component, found: FoundModel, tables: Mapping[str, Table], shapes: Mapping[str, Mapping[str, Shape]]
 ) -> Content:
-    content = Content(ready=dict(component.ready))
+    content = Content(ready={name: one.make() for name, one in component.ready.items()})
     content.add(component.table, found.source, tables[component.part], shapes[component.part])
     return content
 

@@ -21,8 +21,8 @@ from darkroom.errors import DarkroomError
 from darkroom.interop import compvis_first_stage as compvis
 from darkroom.interop import diffusers_first_stage as diffusers
 from darkroom.interop.diffusers_first_stage import Number
-from darkroom.interop.stated_depths import check_depths
-from darkroom.interop.tensor_file import SAFETENSORS, TensorFile, is_weight_file, open_tensor_file, some
+from darkroom.interop.stated_sizes import check_stated
+from darkroom.interop.tensor_file import SAFETENSORS, TensorFile, open_tensor_file, opened, some
 from darkroom.safe_files import read_json, write_safetensors
 
 if TYPE_CHECKING:
@@ -72,19 +72,19 @@ class FoundFirstStage:
         return {ours: tensors.pop(theirs).reshape(self.shapes[ours]) for ours, theirs in names.items()}
 
 
-def find_first_stage(path: Path) -> FoundFirstStage | None:
+def find_first_stage(path: Path, file: TensorFile | None = None) -> FoundFirstStage | None:
     """The first stage in a file or folder; None where there is none. A damaged one is an error that names the damage.
 
-    `path`: a weight file, a folder with an autoencoder's config.json, or a diffusers pipeline's folder.
+    `path`: a weight file, a folder with an autoencoder's config.json, or a diffusers pipeline's folder. `file`: the one
+    of that path, where it was opened before.
     """
     with understanding(path, "a first stage"):
         if path.is_dir():
             return _in_folder(path)
-        if not is_weight_file(path):
+        if (file := file or opened(path)) is None:
             return None
         if path.name in diffusers.WEIGHT_FILES and _class_name(path.parent) in diffusers.CLASSES:
             return _with_config(path, path.parent, path, None)
-        file = open_tensor_file(path)
         glanced = glance(file)
         return None if glanced is None else _with_facts(file, glanced)
 
@@ -179,7 +179,7 @@ def _with_config(path: Path, folder: Path, weights: Path | None, inside: str | N
             raise DarkroomError(f"{folder} holds no weights; {' or '.join(diffusers.WEIGHT_FILES[::2])} is needed")
     file = open_tensor_file(weights)
     levels = len(config["channel_mult"])
-    check_depths(config, len(file.shapes), weights, where)
+    check_stated(config, [file.shapes], weights, where)
     shapes = expected_shapes(config, folder / CONFIG)
     ours = _our_names(file.shapes, levels)
     names = {new: ours.get(new) or diffusers.to_theirs(new, levels) for new in shapes}
@@ -205,7 +205,7 @@ def in_darkroom_folder(path: Path, part: Path, weights: str, inside: str | None)
     `weights`."""
     config = plain_config(read_json(part / CONFIG, "config"), str(path))
     file = open_tensor_file(part / weights)
-    check_depths(config, len(file.shapes), file.path, part / CONFIG)
+    check_stated(config, [file.shapes], file.path, part / CONFIG)
     shapes = expected_shapes(config, part / CONFIG)
     names = {name: f"autoencoder.{name}" for name in shapes}
     latents = ("shift", "scale")

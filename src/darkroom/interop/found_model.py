@@ -7,20 +7,21 @@ name: it is ours (`tables`), the averaged copy of one of ours (`averaged`), or k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from darkroom.config import nearest, understanding, with_overrides
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 from darkroom.interop.diffusers_first_stage import Number
-from darkroom.interop.tensor_file import is_weight_file, some
+from darkroom.interop.tensor_file import TensorFile, opened, some
 from darkroom.interop.tensor_source import Place, Shape, Table, TensorSource, fits
 
 PARTS = ("first_stage", "denoiser", "conditioner")
 LATENTS = ("shift", "scale")  # tensors of our first stage that are numbers elsewhere
 OWN = "own"  # the family of models of ours that are of no published one
 MODEL_NOTE = "darkroom_model"  # in files that we wrote: the configuration, in JSON
+NOTED = ("name", "description", "defaults", "merged_adapters")  # of a model's info, in such notes
 KEPT_FILE = "official/kept.safetensors"  # in our folders
 
 
@@ -89,8 +90,9 @@ class FoundModel:
         return {self.source.dtypes[name] for name in names if name in self.source.dtypes}
 
 
-def find_model(path: Path) -> FoundModel | None:
-    """The whole model in a file or folder; None where there is none, an error where it is damaged."""
+def find_model(path: Path, file: TensorFile | None = None) -> FoundModel | None:
+    """The whole model in a file or folder; None where there is none, an error where it is damaged. `file`: the one of
+    that path, where it was opened before."""
     from darkroom.interop.compvis_model import find_compvis
 
     if path.is_dir():
@@ -98,87 +100,24 @@ def find_model(path: Path) -> FoundModel | None:
 
         with understanding(path, "a model"):
             return find_diffusers(path)
+    file = file or opened(path)
     with understanding(path, "a model"):
-        return find_compvis(path) if is_weight_file(path) else None
-
-
-# Facts of a source that its user may know better: short name -> place in the configs. "scale" and "shift" of the
-# latents have a place of their own.
-FACTS = {
-    "prediction": "denoiser.prediction_type",
-    "flow_shift": "denoiser.schedule.shift",
-    "zero_terminal_snr": "denoiser.schedule.zero_terminal_snr",
-    "num_heads": "denoiser.network.num_heads",
-    "num_head_channels": "denoiser.network.num_head_channels",
-    "learned_variance": "denoiser.learned_variance",
-}
-
-
-def with_facts(found: FoundModel, facts: Mapping[str, Any]) -> FoundModel:
-    """The same source, understood differently. `facts`: short names (`FACTS`, "scale", "shift"), or the dotted name of
-    any entry of the configs; "text_towers": files of towers that the source leaves out."""
-    for name in LATENTS:
-        if name in facts:
-            _check_latents(name, facts[name])
-    if "text_towers" in facts:
-        from darkroom.interop.added_towers import with_towers  # imports torch
-
-        found = with_towers(found, facts["text_towers"])
-        facts = {name: value for name, value in facts.items() if name != "text_towers"}
-    latents, changes = found.latents, {}
-    for name, value in facts.items():
-        if name in LATENTS:
-            if latents is None:
-                raise DarkroomError(f"{found.path} holds no first stage, whose {name} could be set")
-            latents = (value, latents[1]) if name == "shift" else (latents[0], value)
-        elif name in FACTS or name.split(".")[0] in PARTS:
-            changes[FACTS.get(name, name).replace("conditioner.", "conditioner.encoders.", 1)] = value
-        else:
-            raise DarkroomError(f'"{name}" is no fact of a model{nearest(name, [*LATENTS, *FACTS, "text_towers"])}')
-    configs: dict[str, Any] = with_overrides(found.configs, changes)
-    if "num_heads" in facts and "num_head_channels" not in facts:  # of the two the other would win
-        configs["denoiser"]["network"]["num_head_channels"] = None
-    told = {name: f"{value} (as asked for)" for name, value in facts.items()}
-    return replace(found, configs=configs, latents=latents, facts=found.facts | told)
+        return None if file is None else find_compvis(file)
 
 
 def noted_latents(noted: Any) -> tuple[Number, Number]:
     """Shift and scale out of a note that anybody may have changed; ValueError where they are none."""
     shift, scale = noted
     for value in (shift, scale):
-        if not _is_numbers(value):
+        if not is_numbers(value):
             raise ValueError(f"{value!r} is no number")
     return shift, scale
 
 
-def check_defaults(defaults: Any) -> None:
-    """Of generation, out of a note or index; ValueError where these cannot be such."""
-    if not isinstance(defaults, dict):
-        raise ValueError(f"defaults are a table, not {defaults!r}")
-    size = defaults.get("size")
-    if size is not None and not (
-        isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    ):
-        raise ValueError(f"the default size is two numbers, not {size!r}")
-
-
-def _is_numbers(value: Any) -> bool:
+def is_numbers(value: Any) -> bool:
+    """One number, or a list of some."""
     numbers = value if isinstance(value, list | tuple) and value else [value]
     return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
-
-
-def latent_facts(facts: Mapping[str, Any], path: str | Path, what: str) -> dict[str, Any]:
-    """The facts of something that tells all others itself: shift and scale alone."""
-    for name, value in facts.items():
-        if name not in LATENTS:
-            raise DarkroomError(f'{path} is {what}, for which "{name}" cannot be set; only {" and ".join(LATENTS)} can')
-        _check_latents(name, value)
-    return dict(facts)
-
-
-def _check_latents(name: str, value: Any) -> None:
-    if not _is_numbers(value):
-        raise DarkroomError(f"{name}={value!r} is no number; give one number, or a list of one per latent channel")
 
 
 def check_tables(found: FoundModel, expected: Mapping[str, Mapping[str, Shape]]) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from darkroom.config import understanding
 from darkroom.errors import DarkroomError
-from darkroom.interop.tensor_file import SAFETENSORS, is_weight_file
-from darkroom.safe_files import read_safetensors
+from darkroom.safe_files import SAFETENSORS, is_weight_file, read_safetensors
 from darkroom.safe_pickle import read_checkpoint
 
 TOWERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}  # key: our name of the tower

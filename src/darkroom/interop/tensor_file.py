@@ -10,16 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
-from darkroom.safe_files import TORCH_NAMES, SafetensorsHeader, iter_safetensors, read_safetensors_header
+from darkroom.safe_files import (
+    PICKLED,
+    SAFETENSORS,
+    TORCH_NAMES,
+    SafetensorsHeader,
+    is_weight_file,
+    iter_safetensors,
+    read_safetensors_header,
+)
 from darkroom.safe_pickle import StoredTensor, iter_stored, read_structure, stored_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAFETENSORS = ".safetensors"
-PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SHOWN = 4  # names in a message
+
+__all__ = ["PICKLED", "SAFETENSORS", "TensorFile", "is_weight_file", "open_tensor_file", "opened", "some"]
 
 
 def some(names: Iterable[str]) -> str:
@@ -50,8 +59,10 @@ class TensorFile:
         return iter_stored(self.path, {name: self.stored[name] for name in names})
 
 
-def is_weight_file(path: Path) -> bool:
-    return path.suffix.lower() in (SAFETENSORS, *PICKLED)
+def opened(path: Path) -> TensorFile | None:
+    """A weight file, to be looked at by several readers; None for a folder and for any other file."""
+    with understanding(path, "a weight file"):
+        return open_tensor_file(path) if path.is_file() and is_weight_file(path) else None
 
 
 def open_tensor_file(path: Path) -> TensorFile:

@@ -8,7 +8,7 @@ model is filled without a second copy of it. In a source of several files a name
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -35,6 +35,10 @@ class TensorSource(Protocol):
     def dtypes(self) -> Mapping[str, str]: ...
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, on the CPU, in the dtype they are stored in."""
+        ...
+
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """Where they are read from, of those that are in files."""
         ...
 
 
@@ -72,6 +76,9 @@ class FileSource:
             result |= {wanted[name]: tensor for name, tensor in file.read(wanted).items()}
         return result
 
+    def files(self, names: Iterable[str]) -> set[Path]:
+        return {self._places[name][0].path for name in names}
+
 
 class MemorySource:
     """Tensors at hand: those of a model that is to be written."""
@@ -83,6 +90,33 @@ class MemorySource:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._tensors[name].detach().cpu() for name in names}
+
+    def files(self, names: Iterable[str]) -> set[Path]:
+        return set()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A float32 tensor that is computed when it is wanted: configs of strangers state its size, and weights are
+    compared with that before memory is taken."""
+
+    shape: Shape
+    make: Callable[[], Tensor]
+
+
+class MadeSource:
+    """Tensors that theirs computes or leaves out, and ours stores."""
+
+    def __init__(self, made: Mapping[str, Made]) -> None:
+        self._made = made
+        self.shapes = {name: one.shape for name, one in made.items()}
+        self.dtypes = dict.fromkeys(made, "float32")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self._made[name].make() for name in names}
+
+    def files(self, names: Iterable[str]) -> set[Path]:
+        return set()
 
 
 class JoinedSource:
@@ -99,6 +133,10 @@ class JoinedSource:
         for source in self._sources:
             result |= source.read([name for name in wanted if name in source.shapes])
         return result
+
+    def files(self, names: Iterable[str]) -> set[Path]:
+        wanted = list(names)
+        return {path for s in self._sources for path in s.files(name for name in wanted if name in s.shapes)}
 
 
 def size_of(source: TensorSource, name: str) -> int:
