@@ -73,7 +73,6 @@ def test_a_network_is_filled_strictly(folder: Path) -> None:
     state: dict[str, Tensor] = {"weight": torch.ones(3, 2, dtype=torch.float16), "bias": torch.arange(3.0)}
     fill(network, state, path)
     assert network.weight.dtype == torch.float32 and network.bias.tolist() == [0.0, 1.0, 2.0]
-    fill(network, state | {"idle": torch.zeros(1)}, path, idle=["idle"])
     for other, problem in (
         ({"weight": state["weight"]}, "has no bias"),
         (state | {"extra": torch.zeros(1)}, "has extra, which has no place"),

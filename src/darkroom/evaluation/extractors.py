@@ -30,6 +30,7 @@ from darkroom.features.weight_files import weights_folder
 from darkroom.safe_files import sha256_of
 
 AUTO = "auto"
+CPU = torch.device("cpu")
 DINOV2_SIDE = 224  # of Stein et al. 2023
 # Mean and standard deviation of red, green and blue, in [0, 1], that the networks were trained with.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -179,8 +180,9 @@ def _dinov2(device: torch.device, size: str) -> Extractor:
     network = load_dinov2(size, path).to(device)
 
     def look(images: Tensor) -> Features:
-        pixels = resize_bicubic(_pixels(images, device), (DINOV2_SIDE, DINOV2_SIDE), rounded=True)
-        return Features(network(_standardised(pixels, IMAGENET)), None)
+        # Bytes are resized on the CPU, in float64, which not every device has: they are the same everywhere.
+        pixels = resize_bicubic(_pixels(images, CPU), (DINOV2_SIDE, DINOV2_SIDE), rounded=True)
+        return Features(network(_standardised(pixels.to(device), IMAGENET)), None)
 
     return Extractor(
         name=f"dinov2-{size}",
@@ -200,8 +202,8 @@ def _clip(device: torch.device, size: str) -> Extractor:
     side = network.config.side
 
     def look(images: Tensor) -> Features:
-        pixels = shorter_side_and_centre(_pixels(images, device), side)
-        return Features(network(_standardised(pixels, CLIP)), None)
+        pixels = shorter_side_and_centre(_pixels(images, CPU), side)  # on the CPU as above
+        return Features(network(_standardised(pixels.to(device), CLIP)), None)
 
     return Extractor(
         name=f"clip-{size}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,11 +66,10 @@ def _is_zip(path: Path) -> bool:
 
 
 @torch.no_grad()
-def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path, idle: Iterable[str] = ()) -> None:
-    """Strictly: every tensor of the network is in `state`, with its shape, and nothing else but the names in `idle`."""
+def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Strictly: every tensor of the network is in `state`, with its shape, and nothing else is. path: for messages."""
     own = network.state_dict()
-    idle = set(idle)
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own) - idle)
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or unknown or wrong:
         problem = (
