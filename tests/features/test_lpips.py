@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import reference_metrics as reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.features import lpips
+from darkroom.features.weight_files import read_weights
 
 LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "kl-f4.json"
 FEATURES = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
@@ -83,6 +85,24 @@ def test_published_files_and_formula(
         assert torch.equal(model(x, x), torch.zeros(2))
         grey = x[:, :1]
         torch.testing.assert_close(model(grey, y[:, :1]), model(grey.repeat(1, 3, 1, 1), y[:, :1].repeat(1, 3, 1, 1)))
+
+
+def test_equals_torchmetrics_with_the_published_heads(
+    published: tuple[nn.Sequential, dict[str, Tensor], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It brings the true linear heads along, in the file format of before torch 1.6; VGG16 is random on both sides."""
+    vgg, features, _ = published
+    library = reference.metrics_lpips
+    monkeypatch.setattr(library, "_get_tv_model_features", lambda name, pretrained: vgg)
+    theirs = library._LPIPS(net="vgg")
+    heads = read_weights(Path(library.__file__).parent / "lpips_models" / "vgg.pth")
+    ours = lpips.lpips_from_published(features, heads)
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.rand(2, 2, 3, 40, 32, generator=g) * 2 - 1
+    with torch.no_grad():
+        expected = theirs(x, y).flatten()
+        assert float(expected.min()) > 0.01
+        torch.testing.assert_close(ours(x, y), expected, rtol=1e-4, atol=0)
 
 
 def test_gradients_reach_the_image_only(published: tuple[nn.Sequential, dict[str, Tensor], dict[str, Tensor]]) -> None:
