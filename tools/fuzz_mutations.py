@@ -120,6 +120,8 @@ def changed_value(value: Any, rng: Random) -> Any:
     elif kind == 2:
         other = rng.choice(containers)
         node[key] = json.loads(json.dumps(other))
+    elif kind == 3 and rng.random() < 0.5:
+        node[key] = _nested(node[key], rng)
     elif kind == 3 and isinstance(node, list):
         node.extend(node * rng.choice((1, 10, 1000)))
     elif isinstance(node[key], (int, float)) and rng.random() < 0.6:
@@ -128,6 +130,13 @@ def changed_value(value: Any, rng: Random) -> Any:
         )
     else:
         node[key] = _anything(rng)
+    return value
+
+
+def _nested(value: Any, rng: Random) -> Any:
+    """The value deep inside of lists and tables."""
+    for _ in range(rng.choice((1, 3, 30, 300))):
+        value = [value] if rng.random() < 0.5 else {rng.choice(("kind", "network", "encoders", "a")): value}
     return value
 
 
@@ -175,6 +184,11 @@ def _header(data: bytes, rng: Random) -> bytes:
     """A header that lies: about its length, about shapes, places and dtypes, or in its text."""
     header, numbers = _split(data)
     names = [name for name in header if name != "__metadata__"]
+    notes = {key: text for key, text in header.get("__metadata__", {}).items() if text[:1] in ("{", "[")}
+    if notes and rng.random() < 0.4:
+        key = rng.choice(list(notes))
+        header["__metadata__"][key] = _json(notes[key].encode(), rng).decode()
+        return _join(header, numbers)
     kind = rng.randrange(9)
     if kind == 0:
         return _join(header, numbers, rng.choice(NUMBERS))

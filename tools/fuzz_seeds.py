@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -160,6 +161,23 @@ def whole_checkpoints(place: Path) -> None:
         torch.save({"state_dict": tensors | copies, "global_step": 1}, place / "whole-class.ckpt")
 
 
+def deep_configs(place: Path) -> None:
+    """A diffusers folder of others, whose configs alone say what it is, and a folder of ours with notes about an
+    official file."""
+    from darkroom.build import build_conditioner, build_denoiser, build_first_stage
+    from darkroom.exchange import convert, export
+    from darkroom.latent_diffusion import LatentDiffusion
+
+    classes = [str(i) for i in range(1000)]  # as many as the pipeline of diffusers knows
+    conditioner = build_conditioner({"encoders": {"class": {"kind": "class", "slot": "label", "classes": classes}}})
+    network = {"kind": "dit", "input_size": 4, "patch_size": 2, "in_channels": 4, "out_channels": 4, "hidden_size": 12,
+               "depth": 2, "num_heads": 2, "num_classes": 1001}  # fmt: skip
+    parts = build_first_stage(KL), build_denoiser({"network": network}), conditioner
+    export(LatentDiffusion(*map(even, parts), {"name": "dit"}), place / "pipeline-dit", "diffusers")
+    shutil.rmtree(place / "pipeline-dit" / "darkroom")
+    convert(place / "whole-class.ckpt", place / "model-kept")
+
+
 def text_towers(place: Path) -> None:
     from darkroom.safe_files import write_safetensors
 
@@ -239,7 +257,7 @@ def main() -> int:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for make in (first_stages, models, whole_checkpoints, text_towers, adapters, others):
+        for make in (first_stages, models, whole_checkpoints, deep_configs, text_towers, adapters, others):
             make(place)
 
         def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
