@@ -235,6 +235,11 @@ def test_a_missing_vocabulary_says_where_it_goes(tmp_path: Path, refused: Refuse
     assert "vocab.txt" in words and "into a folder bert/" in words and "DARKROOM_VOCABULARIES" in words
 
 
+def test_classes_without_names_are_told_by_number(cin: Path, tmp_path: Path, refused: Refused) -> None:
+    words = refused("generate", "-m", cin, "--class", "fox", "-o", tmp_path / "o.png")
+    assert "unknown class 'fox'; this model knows its classes by number alone, 0 to 9" in words
+
+
 def test_merged_adapters_stay_known(cin: Path, tmp_path: Path) -> None:
     """On the way through every layout."""
     model = load(cin, device="cpu")

@@ -73,11 +73,21 @@ class ClassEncoder(ConditionEncoder):
             raise DarkroomError("this model has no null class, so guidance cannot work; use a guidance scale of 1")
         return len(self.config.classes)
 
+    @property
+    def _is_numbered(self) -> bool:
+        """No checkpoint of others holds names of classes; numbers stand for them."""
+        return all(name == str(index) for index, name in enumerate(self.config.classes))
+
     def class_index(self, value: str | int) -> int:
         """The number of a class, given its name or its number."""
         if isinstance(value, str) and value in self._index:
             return self._index[value]
         if isinstance(value, str) and not re.fullmatch("[0-9]{1,9}", value):
+            if self._is_numbered:
+                last = len(self.config.classes) - 1
+                raise DarkroomError(
+                    f"unknown class {value!r}; this model knows its classes by number alone, 0 to {last}"
+                )
             near = get_close_matches(value, self.config.classes, n=3, cutoff=0.0)
             raise DarkroomError(f"unknown class {value!r}; the nearest are {', '.join(map(repr, near))}")
         count = len(self.config.classes)
