@@ -235,6 +235,12 @@ def test_a_missing_vocabulary_says_where_it_goes(tmp_path: Path, refused: Refuse
     assert "vocab.txt" in words and "into a folder bert/" in words and "DARKROOM_VOCABULARIES" in words
 
 
+def test_parts_alone_cannot_generate(cin: Path, tmp_path: Path, refused: Refused) -> None:
+    convert(cin, tmp_path / "stage", first_stage=True)
+    words = refused("generate", "-m", tmp_path / "stage", "-o", tmp_path / "o.png")
+    assert "is a first stage only" in words and "give a whole model" in words
+
+
 def test_classes_without_names_are_told_by_number(cin: Path, tmp_path: Path, refused: Refused) -> None:
     words = refused("generate", "-m", cin, "--class", "fox", "-o", tmp_path / "o.png")
     assert "unknown class 'fox'; this model knows its classes by number alone, 0 to 9" in words

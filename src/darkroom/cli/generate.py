@@ -320,12 +320,13 @@ def _load(given: Given, name: str | None = None) -> LatentDiffusion:
     model = load(name, device=given.device, adapters=adapters)
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(
-            f"{name} is a first stage only; it cannot generate by itself: give a whole model, or see `darkroom reconstruct`"
+            f"{name} is a first stage only; it cannot generate by itself: give a whole model, or see "
+            "`darkroom reconstruct`"
         )
     if model.first_stage is None:
         raise DarkroomError(
-            f"{name} has no first stage, so its latents cannot be turned into images: give a folder or file of the model "
-            "that holds one too"
+            f"{name} has no first stage, so its latents cannot be turned into images: give a folder or file of the "
+            "model that holds one too"
         )
     return model
 
