@@ -94,6 +94,7 @@ COMPOSE = (
     "eval_places",
     "scoring_result",
     "scoring",
+    "score_hook",
     "train_job",
     "eval_job",
     "repeat",

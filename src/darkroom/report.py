@@ -61,6 +61,7 @@ TITLES = {
     "discriminator_loss": "Discriminator loss",
 }
 MECHANICS = ("gradient_norm", "learning_rate", "images_per_second")
+SCORES = "score_"  # what names of scores of generated pictures begin with
 NOT_CURVES = {"stage", "train_step", "images_seen", "seconds", "skipped"}
 
 
@@ -320,6 +321,10 @@ def charts_of(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str
     mechanics: dict[str, str] = {}
     first = ("loss", "validation_loss", "psnr", "validation_psnr")
     for key in sorted(values, key=lambda k: first.index(k) if k in first else len(first)):  # stable: then as logged
+        if key.startswith(SCORES):
+            title = f"{key.removeprefix(SCORES)} of generated pictures"
+            learnt[key] = line_chart(title, [Series("averaged weights", values[key], "validation")])
+            continue
         name = key.removeprefix("validation_")
         title = TITLES.get(name, name.replace("_", " ").capitalize())
         if key.endswith(MECHANICS):

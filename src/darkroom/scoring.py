@@ -23,6 +23,7 @@ from darkroom.config import to_dict
 from darkroom.data.io import write_image
 from darkroom.data.latent_cache import module_hash
 from darkroom.data.locations import spread
+from darkroom.data.sources import ImageDataset
 from darkroom.errors import DarkroomError
 from darkroom.eval_places import (
     Size,
@@ -118,19 +119,22 @@ def evaluate_model(
     world: World | None = None,
     progress: Progress | None = None,
     model: LatentDiffusion | None = None,
+    dataset: ImageDataset | None = None,
 ) -> Evaluated | None:
     """Score a model, or stored images, against held-out ones. None in all processes but the first.
 
     output: by default `runs/eval-NAME`. What was interrupted there goes on; other settings are refused.
-    model: this one, in place of what `request.model` names. Raises DarkroomError for anything a user can mend.
+    model, dataset: these, in place of what the request names; the request then has a size and a count.
+
+    Raises DarkroomError for anything a user can mend.
     """
     request.wanted  # noqa: B018  (unknown names are found before anything is opened)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    name = model_name(request.model)
+    name = request.model if model is not None else model_name(request.model)
     folder = Path("runs") / f"eval-{name}" if output is None else Path(output)
     check_folder(folder)
-    job = Evaluation(request, name, folder, world or World(), progress, model)
+    job = Evaluation(request, name, folder, world or World(), progress, model, dataset)
     return job.run()
 
 
@@ -155,6 +159,7 @@ class Evaluation:
         world: World,
         progress: Progress | None,
         model: LatentDiffusion | None,
+        dataset: ImageDataset | None,
     ) -> None:
         self.name, self.folder, self.world, self.progress = name, folder, world, progress
         self.device = select_device(request.device)
@@ -172,7 +177,7 @@ class Evaluation:
         size = request.size or (stored_size(request.model) if model is None else self._trained_size(request.model))
         # As it can be asked for again: with what was chosen here.
         self.request = replace(request, size=size, device=str(self.device), threads=torch.get_num_threads())
-        self.dataset = open_reference(request.data, size, channels, pixels)
+        self.dataset = dataset or open_reference(request.data, size, channels, pixels)
         if model is not None:
             self.dataset = with_derived_fields(self.dataset, model)
         self.extractor = open_extractor(request.extractor, self.device)
@@ -190,9 +195,9 @@ class Evaluation:
     def _training(self, size: Size, channels: int, pixels: PixelFormat) -> StoredPictures | None:
         if self.request.training is not None:
             return StoredPictures(open_whole(self.request.training, size, channels, pixels))
-        found = open_training(self.request.data, size, channels, pixels)
         needed = self.request.wants("neighbours") or self.request.wants("accuracy")
-        if found is None or not needed:
+        found = open_training(self.request.data, size, channels, pixels) if needed and self.request.data else None
+        if found is None:
             return None
         return StoredPictures(found, spread(len(found), MOST_TRAINING))
 
@@ -282,7 +287,7 @@ class Evaluation:
         keep: Callable[[Sequence[int], Tensor], None] | None = None,
     ) -> None:
         """One set, with its progress."""
-        total = len(files.starts[self.world.rank :: self.world.size]) * files.part
+        total = sum(len(files.numbers(start)) for start in files.starts[self.world.rank :: self.world.size])
         done = 0.0
 
         def report(images: float) -> None:

@@ -102,7 +102,12 @@ def _neighbours(job: Evaluation, found: Measured) -> NearestTraining | None:
     held_out = job.reference if job.trained is not None else None
     nearest = nearest_training(job.samples, job.trained or job.reference, held_out)
     score = memorised(job.samples, nearest)
-    if score is not None:
+    if nearest.near == 0:
+        found.warnings.append(
+            "reference images are among the training images, so that these say nothing about memorised ones: name "
+            "held-out images as DATA"
+        )
+    elif score is not None:
         found.scores.append(score)
     else:
         found.warnings.append(

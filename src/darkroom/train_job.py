@@ -58,6 +58,7 @@ from darkroom.preview_job import preview_stage, with_derived_sizes
 from darkroom.recipe_source import new_recipe, resumed_recipe
 from darkroom.report import model_card, write_report
 from darkroom.safe_files import read_json, write_file
+from darkroom.score_hook import ScoreHook, last_record, protocol_words
 from darkroom.solvers import SOLVERS
 from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.denoiser_step import DenoiserStep
@@ -271,6 +272,7 @@ class _Job:
             return self._interrupted(summary)
         if not self.world.is_main:
             return Run(folder, None, None, summary)
+        summary |= self._scores(result)
         summary["minutes"] = round((summary.get("first_stage_seconds", 0) + summary["denoiser_seconds"]) / 60, 2)
         model.info |= self._model_info(summary)
         # A bundled first stage is named with its hash, not copied: one serves many denoisers.
@@ -465,9 +467,16 @@ class _Job:
                 captions = request.prompts or [names[int(label)] for label in request.class_labels or []]
                 write_png(path, image_grid(images, pixels=model.pixels), {"captions": json.dumps(captions)})
 
+        scorer = None
+        if recipe.evaluate.scores is not None:
+            scorer = ScoreHook(recipe, self.folder, model, self.validation, self.world, self.say)
         with contextlib.closing(self._batches(dataset, recipe)) as source:
-            trainer = self._trainer("denoiser", step, source, recipe, Hooks(validate, sample))
-            result = trainer.run(resume)
+            trainer = self._trainer("denoiser", step, source, recipe, Hooks(validate, sample, scorer))
+            try:
+                result = trainer.run(resume)
+            finally:
+                if scorer is not None:
+                    scorer.close()
         live = None
         if trainer.ema is not None and not result.interrupted:
             live = {name: _clone_state(module) for name, module in step.modules.items()}
@@ -573,6 +582,14 @@ class _Job:
 
     # --- words about the run ---
 
+    def _scores(self, result: LoopResult) -> dict[str, Any]:
+        """The scores of the last step, each with its protocol in words."""
+        record = None if self.recipe.evaluate.scores is None else last_record(self.folder, result.steps)
+        if record is None:
+            return {}
+        words = protocol_words(record)
+        return {"scores": {s.metric: {"value": round(s.value, 6), "protocol": words} for s in record.scores}}
+
     def _environment(self) -> dict[str, Any]:
         return {
             "hardware": hardware(self.device),
@@ -609,6 +626,7 @@ class _Job:
             for key, (name, protocol) in SCORES.items()
             if key in summary
         ]
+        scores += [{"name": name, **score} for name, score in summary.get("scores", {}).items()]
         info = self._model_info(summary) | {
             "image_size": self._model_info({})["defaults"]["size"],
             "channels": self.recipe.data.channels,

@@ -32,6 +32,7 @@ from darkroom.evaluation.distances import (
     inside,
     kernel_distance,
     neighbour_radii,
+    unbiased_mmd,
 )
 from darkroom.evaluation.extractors import Extractor
 from darkroom.evaluation.feature_files import EMBEDDING, PROBABILITIES, FeatureFiles
@@ -153,11 +154,16 @@ def frechet_score(samples: Seen, reference: Seen) -> Score:
 
 def kernel_score(samples: Seen, reference: Seen) -> Score:
     x, y = samples.some, reference.some
-    size = min(SUBSET_SIZE, len(x), len(y))
-    options = {"kernel": "(x.y/D + 1)^3", "subsets": SUBSETS, "subset_size": size, "images": len(x)}
+    # Small sets: all pairs, which subsets of them would only make noisier.
+    whole = min(len(x), len(y)) <= SUBSET_SIZE
+    pairs = "all" if whole else f"mean of {SUBSETS} subsets of {SUBSET_SIZE}"
+    options = {"kernel": "(x.y/D + 1)^3", "pairs": pairs, "images": len(x), "reference_images": len(y)}
+    value = 0.0
+    if min(len(x), len(y)) > 1:
+        value = unbiased_mmd(y, x) if whole else kernel_distance(y, x).mean
     return Score(
         metric=samples.extractor.kd_name,
-        value=kernel_distance(y, x).mean if size > 1 else 0.0,
+        value=value,
         options=options,
         extraction=extraction(samples.extractor),
         deviations=deviations(kernel_influence(x, y), samples.count),

@@ -32,6 +32,7 @@ from darkroom.training.optim import OptimizerConfig, learning_rate, make_optimiz
 from darkroom.training.progress import Progress
 
 Batch = dict[str, Any]
+SCORE_PREFIX = "score_"  # of names of scores in metrics.jsonl
 RECORD_KEYS = ("stage", "train_step", "images_seen", "seconds", "images_per_second")  # of metrics.jsonl besides metrics
 
 
@@ -130,12 +131,27 @@ def has_native_bfloat16(device: torch.device) -> bool:
 Hook = Callable[[int], Mapping[str, float] | None]
 
 
+class Scorer(Protocol):
+    """Makes scores every so many steps, beside the training or in its pauses.
+
+    `start` is called by every process under the averaged weights; `finished` gives (train step, scores) of what has
+    been finished since, each once, and with `wait` waits for it; `close` ends what is still being made.
+    """
+
+    every: int
+
+    def start(self, train_step: int, final: bool = False) -> None: ...
+    def finished(self, wait: bool = False) -> list[tuple[int, Mapping[str, float]]]: ...
+    def close(self) -> None: ...
+
+
 @dataclass
 class Hooks:
     """What a stage adds to the loop. `validate` and `sample` run under the averaged weights."""
 
     validate: Hook | None = None
     sample: Hook | None = None
+    scorer: Scorer | None = None
 
 
 class Trainer:
@@ -307,6 +323,7 @@ class Trainer:
             last |= extra
         if self.hooks.sample and (n % config.sample_every == 0 or final):
             self._under_averages(self.hooks.sample)
+        last |= self._score(n, final)
         if self.world.is_main and (n % config.log_every == 0 or n == 1 or final or len(record) > len(metrics)):
             images_seen = n * config.batch_size * config.accumulation * self.world.size
             head = {"stage": self.stage, "train_step": n, "images_seen": images_seen}
@@ -319,6 +336,23 @@ class Trainer:
         # Not amid skipped steps: a roll-back must find the state before the trouble began.
         if self.world.is_main and n % config.checkpoint_every == 0 and self._skips_in_row == 0:
             self.save()
+
+    def _score(self, train_step: int, final: bool) -> dict[str, float]:
+        """Begin scores that are due and log those that have been finished, under the step whose weights they are of."""
+        scorer = self.hooks.scorer
+        if scorer is None:
+            return {}
+        if train_step % scorer.every == 0 or final:
+            self._under_averages(lambda step: scorer.start(step, final))
+        latest: dict[str, float] = {}
+        for step, scores in scorer.finished(wait=final):
+            latest = {SCORE_PREFIX + name: value for name, value in scores.items()}
+            if self.world.is_main:
+                images_seen = step * self.config.batch_size * self.config.accumulation * self.world.size
+                head = {"stage": self.stage, "train_step": step, "images_seen": images_seen}
+                with open(self.metrics_file, "a") as file:
+                    file.write(json.dumps(head | latest) + "\n")
+        return latest
 
     def _under_averages(self, hook: Hook) -> Mapping[str, float] | None:
         for module in self.modules.values():
@@ -458,7 +492,8 @@ def last_metrics(file: Path, stage: str, train_step: int) -> dict[str, float]:
             with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
                 record = json.loads(line)
                 if record["stage"] == stage and record["train_step"] <= train_step:
-                    last = last_only(last) | record
+                    # Scores have lines of their own, which say nothing of the step.
+                    last = (last_only(last) if "loss" in record else last) | record
     return {k: v for k, v in last.items() if k not in RECORD_KEYS}
 
 
@@ -475,7 +510,7 @@ def finished_result(folder: Path, stage: str) -> LoopResult | None:
 
 def last_only(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics that are not computed every step keep their latest value in the summary."""
-    return {k: v for k, v in metrics.items() if k.startswith("validation_") or k == "psnr"}
+    return {k: v for k, v in metrics.items() if k.startswith(("validation_", SCORE_PREFIX)) or k == "psnr"}
 
 
 def all_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

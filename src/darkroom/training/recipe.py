@@ -73,14 +73,47 @@ class FirstStageChoice:
 
 
 @dataclass(frozen=True)
+class ScoringConfig:
+    """Scores of generated images while the denoiser is trained, against held-out ones.
+
+    every: train steps between scores; they are also made at the end
+    count: images that are made, at most as many as are held out
+    metrics: names of `darkroom eval --metrics`: fd, kd, is, pr, dc, accuracy, agreement, pairs, clip, bits
+    extractor: the network that looks at the images, a name of `darkroom eval --extractor`
+    steps: of the solver; null: those of the samples
+    batch_size: images that are made at a time
+    where: "process": beside the training, in a process of its own; "inline": in its pauses; "auto": beside it where a
+        processor or a GPU is idle
+    """
+
+    every: int = 1000
+    count: int = 256
+    metrics: tuple[str, ...] = ("fd", "kd")
+    extractor: str = "auto"
+    steps: int | None = None
+    batch_size: int = 16
+    where: Literal["auto", "process", "inline"] = "auto"
+
+    def __post_init__(self) -> None:
+        least = {"every": 1, "count": 2, "batch_size": 1, "steps": 1}
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise DarkroomError(f'"evaluate.scores.{name}" is {value}: it must be at least {low}')
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
-    """How the sample grids are made, and what the model uses by default afterwards."""
+    """How the sample grids are made, and what the model uses by default afterwards.
+
+    scores: also score generated images while the denoiser is trained; null: no
+    """
 
     samples: int = 16
     solver: str = "dpm++2m"
     steps: int = 20
     guidance_scale: float = 4.0
     prompts: tuple[str, ...] | None = None  # None: captions (or classes) of the validation split
+    scores: ScoringConfig | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.steps < 1:
