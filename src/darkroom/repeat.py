@@ -22,6 +22,11 @@ def repeat_request(record: Record, places: Sequence[str] = (), training: Sequenc
             "this record does not say how it was asked for; measure again with darkroom eval MODEL DATA"
         )
     request = from_dict(EvalRequest, record.request, "request")
+    if not request.data and not places:
+        raise DarkroomError(
+            "this record was made while a model was trained: say where model and data lie, darkroom eval MODEL DATA "
+            "--repeat RECORD"
+        )
     if len(places) == 1:
         raise DarkroomError(f"{places[0]}: with --repeat give both, MODEL DATA, or neither")
     if places:

@@ -24,7 +24,7 @@ from darkroom.evaluation.protocol import Record, read_record
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
 from darkroom.scoring import EvalRequest, evaluate_model
-from darkroom.training.distributed import World
+from darkroom.training.distributed import World, any_rank
 from darkroom.training.recipe import EvaluateConfig, Recipe, ScoringConfig, resolve
 
 SCORES, RECORD, LOG = "scores", "scores.json", "log.txt"
@@ -107,6 +107,7 @@ class ScoreHook:
         place = self.place(train_step)
         if self.world.is_main:
             shutil.rmtree(place, ignore_errors=True)
+        any_rank(False, self.world, self.model.device)  # nobody writes there before it is gone
         request = request_of(self.recipe.evaluate, self.dataset, self.recipe.name, str(self.model.device))
         try:
             result = evaluate_model(request, place, world=self.world, model=self.model, dataset=self.dataset)
@@ -186,7 +187,7 @@ def score_step(run: Path, train_step: int, device: str) -> None:
     place = run / SCORES / f"step-{train_step:06d}"
     model = load(place / "model", device=device)
     assert isinstance(model, LatentDiffusion)
-    dataset = open_dataset(recipe.data, "validation", in_memory=False)
+    dataset = open_dataset(recipe.data, "validation")
     request = request_of(recipe.evaluate, dataset, recipe.name, device)
     evaluate_model(request, place, model=model, dataset=dataset)
 

@@ -40,7 +40,7 @@ from darkroom.evaluation.checks import PAIRED, caption_check, is_shapes_set, pai
 from darkroom.evaluation.extractors import Extractor, default_extractors, open_extractor
 from darkroom.evaluation.feature_files import FeatureFiles, PictureSource, observe
 from darkroom.evaluation.likelihood import LEVELS, BoundSource
-from darkroom.evaluation.measure import METRICS, Seen, check_metrics, extraction
+from darkroom.evaluation.measure import METRICS, MOST, Seen, check_metrics, extraction
 from darkroom.evaluation.picture_sources import Check, GeneratedPictures, GenerationSettings, StoredPictures
 from darkroom.evaluation.protocol import Extraction, Record
 from darkroom.latent_diffusion import LatentDiffusion
@@ -48,7 +48,7 @@ from darkroom.model_io import load, select_device
 from darkroom.pixel_format import PixelFormat
 from darkroom.safe_files import read_json, write_file
 from darkroom.scoring_result import PARTS, RECORD, SHOWN, finish
-from darkroom.training.distributed import World
+from darkroom.training.distributed import World, any_rank
 
 READ_PART = 64  # stored images that are looked at together
 MOST_SAMPLES = 10_000  # of a model, where no number is asked for
@@ -62,6 +62,7 @@ class EvalRequest:
     """What to score, and how. All of it is in the record; see `darkroom eval --help` for the words.
 
     metrics: names of `measure.METRICS`; None: all that can be made, but bits per dimension.
+    pair_images: of so many images pairs are looked at (kernel distance, precision, density).
     training: images for the memorisation check; None: the training part of the data, where it has one.
     """
 
@@ -79,6 +80,7 @@ class EvalRequest:
     eta: float | None = None
     weights: str = "ema"
     batch_size: int = 16
+    pair_images: int = MOST
     bound_levels: int = LEVELS
     sweep_steps: list[int] = field(default_factory=list)
     sweep_guidance: list[float] = field(default_factory=list)
@@ -248,32 +250,41 @@ class Evaluation:
 
     def run(self) -> Evaluated | None:
         self._check_settings()
+        error: DarkroomError | None = None
+        bits: FeatureFiles | None = None
+        points: list[tuple[str, float, Seen]] = []
+        try:
+            self._look_at_sets()
+            bits, points = self._bits(), self._sweeps()
+        except DarkroomError as found:
+            error = found
+        # All wait here for one another, and hear of an error: else the others would wait for ever.
+        if any_rank(error is not None, self.world, self.device):
+            raise error or DarkroomError("another process could not go on; its message says why")
+        return Evaluated(self.folder, finish(self, bits, points)) if self.world.is_main else None
+
+    def _look_at_sets(self) -> None:
         self._look("looking at the reference", StoredPictures(self.dataset), self.reference.files, self.extractor)
         if self.training is not None and self.trained is not None:
             self._look("looking at training images", self.training, self.trained.files, self.extractor)
         doing = "generating" if self.model is not None else "looking at the images"
         self._look(doing, self.source, self.samples.files, self.extractor, keep=self._keep)
-        bits = self._bits()
-        curves = [(setting, value, seen) for setting, value, seen in self._sweeps()]
-        if self.world.size > 1:
-            torch.distributed.barrier()
-        if not self.world.is_main:
-            return None
-        return Evaluated(self.folder, finish(self, bits, curves))
 
     @cached_property
     def reference(self) -> Seen:
-        return Seen(self._files("reference", len(self.dataset), READ_PART), self.extractor)
+        return Seen(self._files("reference", len(self.dataset), READ_PART), self.extractor, self.request.pair_images)
 
     @cached_property
     def trained(self) -> Seen | None:
         if self.training is None:
             return None
-        return Seen(self._files("training", len(self.training), READ_PART), self.extractor)
+        return Seen(self._files("training", len(self.training), READ_PART), self.extractor, self.request.pair_images)
 
     @cached_property
     def samples(self) -> Seen:
-        return Seen(self._files("samples", self.count, self.request.batch_size), self.extractor)
+        return Seen(
+            self._files("samples", self.count, self.request.batch_size), self.extractor, self.request.pair_images
+        )
 
     def _files(self, name: str, count: int, part: int) -> FeatureFiles:
         return FeatureFiles(self.folder / PARTS / name, count, part)
@@ -332,7 +343,7 @@ class Evaluation:
         for setting, value, settings in wanted:
             files = self._files(f"{setting}-{value:g}", count, request.batch_size)
             self._look(f"generating, {setting} {value:g}", self.generated(count, settings), files, self.extractor)
-            result.append((setting, value, Seen(files, self.extractor)))
+            result.append((setting, value, Seen(files, self.extractor, request.pair_images)))
         return result
 
     def _keep(self, numbers: Sequence[int], images: Tensor) -> None:

@@ -38,6 +38,7 @@ SAME_NAMES = (
     metavar="NAME,...",
     help="fd kd is pr dc neighbours accuracy agreement pairs clip bits. [default: all but bits]",
 )
+@click.option("--pair-images", type=click.IntRange(min=2), help="Images of kd, pr and dc. [default: 2000]")
 @click.option("--bits-per-dim", is_flag=True, help="Also the variational bound (slow; the metric `bits`).")
 @click.option("--bound-levels", type=click.IntRange(min=2), help="Noise levels of the bound. [default: 100]")
 @click.option(
@@ -118,7 +119,7 @@ def _model(places: Sequence[str], options: dict[str, Any]) -> None:
     steps = numbers("--sweep-steps", options["sweep_steps"], int)
     guidance = numbers("--sweep-guidance", options["sweep_guidance"], float)
     size = parse_size(options["size"])
-    from darkroom.evaluation.measure import METRICS, check_metrics
+    from darkroom.evaluation.measure import METRICS, MOST, check_metrics
 
     if metrics is not None:
         metrics = check_metrics(metrics)
@@ -135,6 +136,7 @@ def _model(places: Sequence[str], options: dict[str, Any]) -> None:
         sweep_guidance=guidance,
         size=size,
         guidance_scale=options["cfg_scale"],
+        pair_images=options["pair_images"] or MOST,
         bound_levels=options["bound_levels"] or LEVELS,
         **{name: options[name] for name in SAME_NAMES},
     )

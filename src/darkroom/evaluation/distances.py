@@ -21,7 +21,7 @@ from darkroom.evaluation.metrics import Moments, frechet_distance
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, in every library that has it
 SPLITS = 10  # of the Inception score (Salimans et al. 2016)
-BLOCK = 1 << 23  # numbers in a block of distances: 64 MB
+BLOCK = 1 << 20  # numbers in a block of distances: 8 MB
 # Distances of float64 products are exact to about 1e-16 of the lengths of the vectors. What lies nearer is a copy, and
 # what differs by less than a TIE is as far: whether a sample lies on the edge of another one's ball is not luck.
 COPY, TIE = 1e-13, 1e-9

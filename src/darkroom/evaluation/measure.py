@@ -1,7 +1,7 @@
 """From what was seen in images to scores: the one table of metrics that `darkroom eval` knows.
 
 Frechet distance, class accuracy and means of numbers per image are made of all images; what looks at pairs of them is
-made of at most `MOST`, evenly spread, so that memory stays the same from there on.
+made of a fixed number, evenly spread, so that memory stays the same from there on.
 Shapes: N images, D width of an embedding, K classes.
 """
 
@@ -56,7 +56,7 @@ METRICS = {
     "clip": "CLIP score of images and their captions",
     "bits": "bits per dimension, from the variational bound",
 }
-MOST = 5_000  # images whose pairs are looked at
+MOST = 2_000  # images whose pairs are looked at, where no other number is asked for
 MOST_PROBABILITIES = 50_000  # images of an Inception score, the published number
 QUERIES = 1_000  # samples whose nearest training images are searched
 NEIGHBOURS = 5  # of each
@@ -79,6 +79,7 @@ class Seen:
 
     files: FeatureFiles
     extractor: Extractor
+    most: int = MOST  # images whose pairs are looked at
 
     @cached_property
     def moments(self) -> Moments:
@@ -86,8 +87,8 @@ class Seen:
 
     @cached_property
     def some(self) -> Tensor:
-        """(at most MOST, D)."""
-        return self.files.some(EMBEDDING, MOST)
+        """(at most `most`, D)."""
+        return self.files.some(EMBEDDING, self.most)
 
     @property
     def count(self) -> int:
