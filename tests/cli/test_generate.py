@@ -85,6 +85,12 @@ def test_unconditional_model_and_size(run: Any, models: Path) -> None:
     assert pixels("a.png").shape == (16, 32, 3)
 
 
+def test_a_model_of_prompts_without_one_says_so(run: Any, models: Path) -> None:
+    status, _, error = run("generate", "-m", models / "text")
+    assert status == 0
+    assert error == "note: nothing was asked for (a prompt): the pictures are of anything the model knows\n"
+
+
 def test_seed_takes_words_up_to_the_next_that_is_none(run: Any, models: Path) -> None:
     run("generate", "--seed", 1, 2, "7 samurai", "-m", models / "text", "-o", "a")
     assert sorted(os.listdir("a")) == ["0000-seed1-7-samurai.png", "0001-seed2-7-samurai.png"]
