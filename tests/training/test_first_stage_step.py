@@ -602,6 +602,25 @@ def test_a_smooth_discriminator_pays_for_its_slope_at_images_and_reconstructions
     assert 0 < float(after["squared_slope"]) < before
 
 
+def test_grain_alone() -> None:
+    """Everything else stays as it was; what cannot be is one line."""
+    config = replace(CONFIG, discriminator_weight=0.0, learn_log_variance=False, perceptual="none", texture_weight=3.0)
+    alone = replace(config, train_encoder=False, train_decoder=False)
+    shape = make(CONFIG).autoencoder.config
+    step = FirstStageStep(Autoencoder(replace(shape, output_grain=True)), alone)
+    before = {name: p.detach().clone() for name, p in step.autoencoder.named_parameters()}
+    run_steps(step, make_optimizers(step), 0, 2)
+    changed = {name for name, p in step.autoencoder.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"decoder.grain.strength.weight", "decoder.grain.strength.bias"}
+    for bad in (
+        (shape, alone),
+        (replace(shape, output_grain=True), replace(alone, train_encoder=True)),
+        (replace(shape, output_grain=True), replace(alone, texture_weight=0.0)),
+    ):
+        with pytest.raises(DarkroomError, match="only grain on the image is left to learn"):
+            FirstStageStep(Autoencoder(bad[0]), bad[1])
+
+
 def test_grain_on_the_image_learns_from_textures_alone_and_the_image_from_all_else() -> None:
     config = replace(CONFIG, discriminator_weight=0.0, learn_log_variance=False, perceptual="none", texture_weight=3.0)
     image, noise = images(), torch.zeros(4, 4, 8, 8)

@@ -94,6 +94,7 @@ class FirstStageTrainConfig:
     crop_steps: int | None = None  # crop only before this train step; then whole images, so that norms meet what they
     # will meet in use. None: crop to the end
     train_encoder: bool = True  # False: only the decoder learns, so that latents and denoisers made with it stay valid
+    train_decoder: bool = True  # False, with train_encoder false as well: only the grain on its image (`output_grain`)
     decoder_noise: float = (
         0.0  # more noise on z (its standard deviation): the decoder then forgives a denoiser's errors
     )
@@ -119,6 +120,22 @@ def quieten_posterior(autoencoder: Autoencoder, std: float) -> None:
         last.bias[autoencoder.latent_channels :] = 2.0 * math.log(std)
 
 
+def _choose_decoder(autoencoder: Autoencoder, config: FirstStageTrainConfig) -> None:
+    """Which of the decoder's parameters learn."""
+    grain, teaches = autoencoder.decoder.grain, config.texture_weight > 0
+    if not config.train_decoder:
+        if config.train_encoder or grain is None or not teaches:
+            raise DarkroomError(
+                '"train_decoder" is false: then only grain on the image is left to learn, which needs '
+                '"train_encoder": false, "texture_weight" above 0 and a decoder that has it ("add_grain": output)'
+            )
+        for part in (autoencoder.decoder, autoencoder.post_quant_conv):
+            if part is not None:
+                part.requires_grad_(False)
+    if grain is not None:
+        grain.requires_grad_(teaches)  # nothing else teaches it
+
+
 class FirstStageStep:
     """Both phases and what they share. `modules` is what a checkpoint saves, `ema_modules` what is averaged."""
 
@@ -128,8 +145,7 @@ class FirstStageStep:
         for part in (autoencoder.encoder, autoencoder.quant_conv, autoencoder.codebook):
             if part is not None:
                 part.requires_grad_(config.train_encoder)
-        if autoencoder.decoder.grain is not None:  # nothing else teaches it
-            autoencoder.decoder.grain.requires_grad_(config.texture_weight > 0)
+        _choose_decoder(autoencoder, config)
         self.perceptual = resolve_perceptual(config, autoencoder.config.out_channels)
         self.likelihood = Likelihood(config)
         self.pairs = Pairs()
