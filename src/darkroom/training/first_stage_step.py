@@ -67,6 +67,9 @@ class FirstStageTrainConfig:
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else our own network
     perceptual_weight: float = 1.0
     texture_weight: float = 0.0  # of the distance between local textures: against the blur that squared errors reward
+    texture_exponent: float = (
+        1.0  # 1: roughness must be right in proportion, everywhere; 0: in sum (features/texture.py)
+    )
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # VQ: of the codebook loss
     codebook_beta: float = 0.25  # VQ: of the term that moves the codes, beside the commitment of the encoder
@@ -166,7 +169,7 @@ class FirstStageStep:
             )
             self.modules["discriminator"] = self.discriminator
         distance = make_perceptual(self.perceptual)
-        texture = TextureDistance() if config.texture_weight > 0 else None
+        texture = TextureDistance(config.texture_exponent) if config.texture_weight > 0 else None
         frozen = Frozen(self.discriminator, distance, texture, self.code_use)
         first = AutoencoderPhase(autoencoder, self.likelihood, frozen, config, self.pairs)
         self.phases = [Phase("autoencoder", first, all_parameters([first]))]
