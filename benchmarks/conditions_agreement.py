@@ -1,6 +1,7 @@
 """How often a model trained on `shapes` with several conditions obeys them: each alone, every pair, all together.
 
-    python benchmarks/conditions_agreement.py MODEL [--count 300] [--kind single] [--steps 20] [--cfg-scale 2]
+    python benchmarks/conditions_agreement.py MODEL [--count 300] [--kind single] [--steps 20]
+        [--cfg-scale 6] [--guidance-interval 0.5 1000]
 
 Scenes of the validation split, never trained, with a fixed seed; image k has seed k. Of each scene the model is told
 the caption, the boxes, the label map, or several of them, and the pixel rules of `shape_checker` and `shape_layout`
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--solver")
     parser.add_argument("--cfg-scale", type=float)
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigma/alpha")
     parser.add_argument("--json", type=Path, help="also write the records here")
     args = parser.parse_args()
     if args.model is None:
@@ -97,6 +99,8 @@ def main() -> None:
     model = darkroom.load(args.model)
     settings = {"steps": args.steps, "solver": args.solver, "guidance_scale": args.cfg_scale}
     settings = {k: v for k, v in settings.items() if v is not None}
+    if args.guidance_interval is not None:
+        settings["guidance_interval"] = tuple(args.guidance_interval)
     size = tuple(model.defaults["size"])
     scenes = [draw_scene(i, split="validation", size=size, kind=args.kind) for i in range(args.count)]
     known = [field for field in FIELDS if field in model.conditioner.fields]
