@@ -19,6 +19,7 @@ from darkroom.errors import DarkroomError, DarkroomWarning
 from darkroom.exchange import convert, export
 from darkroom.interop.facts import with_facts
 from darkroom.interop.found_model import find_model
+from darkroom.interop.tensor_file import open_tensor_file
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
 from darkroom.safe_files import read_safetensors_header, write_safetensors
@@ -261,8 +262,6 @@ def test_names_of_either_release_of_transformers(level: str, tmp_path: Path) -> 
     """A Stable Diffusion 1 file keeps the spelling that it came with, on the whole way."""
     tower = {"kind": "clip", "network": {**CLIP_L, "hidden_size": 64, "num_attention_heads": 1}}
     model = own_model({"text": tower}, network={"num_heads": 8, "legacy": False})
-    from darkroom.interop.tensor_file import open_tensor_file
-
     file = open_tensor_file(export(model, tmp_path / "mine.safetensors", format="compvis"))
     start = "cond_stage_model.transformer."
     state = {
@@ -325,8 +324,6 @@ def test_files_that_do_not_fit(words: str, tmp_path: Path, refused: Callable[...
 
 def test_damaged_notes(tmp_path: Path) -> None:
     path = export(own_model({"class": CLASS}), tmp_path / "mine.safetensors", format="compvis")
-    from darkroom.interop.tensor_file import open_tensor_file
-
     file = open_tensor_file(path)
     tensors = file.read(file.shapes)
     whole = json.loads(file.notes["darkroom_model"])
@@ -353,6 +350,17 @@ def test_damaged_notes(tmp_path: Path) -> None:
     write_safetensors(kept, tensors, content.notes | {"aliases": "["})
     with pytest.raises(DarkroomError, match="its tables of names cannot be read"):
         load(tmp_path / "cin")
+
+
+def test_info_survives_a_damaged_note(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = export(own_model({}), tmp_path / "mine.safetensors", format="compvis")
+    file = open_tensor_file(path)
+    note = json.loads(file.notes["darkroom_model"])
+    del note["configs"]["denoiser"]["network"]
+    notes = file.notes | {"darkroom_model": json.dumps(note)}
+    write_safetensors(tmp_path / "bad.safetensors", file.read(file.shapes), notes)
+    assert main(["info", str(tmp_path / "bad.safetensors")]) == 0
+    assert "model: cannot be loaded: " in capfd.readouterr().out
 
 
 def test_double_precision_is_not_rounded_unseen(tmp_path: Path) -> None:

@@ -96,11 +96,14 @@ def _weight_file(path: Path) -> dict[str, Any]:
         "holds": guess_family(file.shapes),
     }
     try:
-        facts |= describe_model(file) or {}
+        with understanding(path, "a model"):
+            facts |= describe_model(file) or {}
     except DarkroomError as error:
         facts["model"] = f"cannot be loaded: {error}"
     try:
-        if (found := glance(file)) is not None:
+        with understanding(path, "a first stage"):
+            found = glance(file)
+        if found is not None:
             from darkroom.interop.compvis_first_stage import describe
 
             facts["first stage"] = describe(found.config)
