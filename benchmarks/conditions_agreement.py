@@ -1,7 +1,7 @@
 """How often a model trained on `shapes` with several conditions obeys them: each alone, every pair, all together.
 
     python benchmarks/conditions_agreement.py MODEL [--count 300] [--kind single] [--steps 20]
-        [--cfg-scale 6] [--guidance-interval 0.5 1000]
+        [--cfg-scale 2] [--guidance boxes=6 map=6] [--guidance-interval 0.5 1000]
 
 Scenes of the validation split, never trained, with a fixed seed; image k has seed k. Of each scene the model is told
 the caption, the boxes, the label map, or several of them, and the pixel rules of `shape_checker` and `shape_layout`
@@ -24,6 +24,7 @@ import torch
 from shapes_agreement import interval
 
 import darkroom
+from darkroom.cli.generate import parse_guidance
 from darkroom.data.shape_layout import judge_boxes, judge_segmentation
 from darkroom.data.shapes import Scene, draw_scene, find_objects, judge, render
 
@@ -86,10 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="model or run folder trained on shapes with several conditions")
     parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0, help="number of the first scene")
     parser.add_argument("--kind", default="single", choices=("single", "pair", "mixed"), help="objects in a scene")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--solver")
     parser.add_argument("--cfg-scale", type=float)
+    parser.add_argument("--guidance", nargs="*", default=[], metavar="NAME=SCALE", help="of one condition alone")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigma/alpha")
     parser.add_argument("--json", type=Path, help="also write the records here")
     args = parser.parse_args()
@@ -99,10 +102,14 @@ def main() -> None:
     model = darkroom.load(args.model)
     settings = {"steps": args.steps, "solver": args.solver, "guidance_scale": args.cfg_scale}
     settings = {k: v for k, v in settings.items() if v is not None}
+    if args.guidance:
+        settings["guidance"] = parse_guidance(args.guidance)
     if args.guidance_interval is not None:
         settings["guidance_interval"] = tuple(args.guidance_interval)
     size = tuple(model.defaults["size"])
-    scenes = [draw_scene(i, split="validation", size=size, kind=args.kind) for i in range(args.count)]
+    scenes = [
+        draw_scene(i, split="validation", size=size, kind=args.kind) for i in range(args.first, args.first + args.count)
+    ]
     known = [field for field in FIELDS if field in model.conditioner.fields]
     rows = []
     for number in range(1, len(known) + 1):
