@@ -196,10 +196,6 @@ def _generate(given: Given) -> None:
     subjects = given.prompts or given.classes
     size = _size(given, model)
     conditions = read_files(model, given.files, size)
-    if model.conditioner.fields and not (subjects or conditions):
-        ways = {"text": "a prompt", "class_label": "--class"}
-        asked = " or ".join(ways.get(field, field) for field in model.conditioner.fields)
-        click.echo(f"note: nothing was asked for ({asked}): the pictures are of anything the model knows", err=True)
     request = Request(
         prompts=[prompt for prompt in given.prompts for _ in seeds] or None,
         class_labels=[name for name in given.classes for _ in seeds] or None,
@@ -218,6 +214,10 @@ def _generate(given: Given) -> None:
         noise_level=given.noise_level,
     )
     _make(model, request, target, given, preview=preview)
+    if model.conditioner.fields and not (subjects or conditions):
+        ways = {"text": "a prompt", "class_label": "--class"}
+        asked = " or ".join(ways.get(field, field) for field in model.conditioner.fields)
+        click.echo(f"note: nothing was asked for ({asked}): the pictures are of anything the model knows", err=True)
 
 
 def _size(given: Given, model: LatentDiffusion) -> tuple[int, int]:
