@@ -104,8 +104,11 @@ def _open(places: Sequence[str], split: str, size: Size, channels: int, pixels: 
             return open_dataset(DataConfig(source=path, **options), split, in_memory=False)
     source = _source([part_of(places[0])[0]] if len(places) == 1 else places)
     config = DataConfig(source=source, validation=0.0, **options)
-    divided = not _counted(places[1:] and places) and read_parts(source)[1] is not None
+    counted = _counted(places[1:] and places)
+    divided = not counted and read_parts(source)[1] is not None
     dataset = open_dataset(config, split if divided else "train", in_memory=False)
+    if not divided and not counted:
+        dataset.split = "all"  # for the record: nobody said that these are images of training
     if not len(dataset):
         raise DarkroomError(f"{', '.join(data_names(source))}: there are no images to evaluate on; check the data")
     return dataset

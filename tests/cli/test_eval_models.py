@@ -106,6 +106,10 @@ def test_images_of_a_folder_are_scored(run: Run, pictures: Path) -> None:
     assert run("eval", "clothes/val", "clothes", "-o", "same", "--metrics", "fd,pr")[0] == 0
     same = record_of(pictures / "same").values
     assert same["FD-stand-in"] < 1e-6 and same["precision-stand-in"] == 1.0
+    assert run("eval", "clothes/val", "flat", "-o", "plain", "--metrics", "fd")[0] == 0
+    assert record_of(pictures / "plain").reference.split == "all"  # a folder without parts
+    status, out, _ = run("eval", "--repeat", "plain/scores.json")
+    assert status == 0 and "identical" in out
 
 
 def test_the_inception_score_needs_classes(run: Run, refused: Refused, pictures: Path) -> None:
