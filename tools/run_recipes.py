@@ -16,6 +16,7 @@ from darkroom.config import merge
 from darkroom.data.export import write_shapes
 from darkroom.data.sources import SYNTHETIC, DataConfig, open_dataset
 from darkroom.errors import DarkroomError
+from darkroom.model_folder import bundled
 from darkroom.train_job import train
 from darkroom.training.recipe import read_recipe, recipe_names, resolve
 
@@ -59,6 +60,10 @@ def run(name: str, path: Path, work: Path, stand_in: Path) -> str:
         overrides["steps"] = 0
         if trained and trained.get("autoencoder") is None:
             given["init_from"] = "emoji"
+    first_stage = settings.get("first_stage") or {}
+    known = (first_stage.get("name") or "emoji") in bundled() and not first_stage.get("path")
+    if name.startswith("clothing-") and not known:
+        given["first_stage"] = "emoji"  # in place of one that is trained elsewhere
     if settings.get("preview"):
         overrides |= {f"preview.{key}": FEW[key] for key in FEW if "." not in key}
         if not settings.get("first_stage"):

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from darkroom.conditioning.requests import encoders_of
+from darkroom.config import from_dict
 from darkroom.data.degradations import LowResolution
 from darkroom.data.derived import DerivedDataset
 from darkroom.data.locations import data_names, is_shapes, is_there, part_of
@@ -124,16 +125,24 @@ def with_derived_fields(dataset: ImageDataset, model: LatentDiffusion) -> ImageD
     made: dict[str, Any] = {}
     for encoder in encoders_of(model.conditioner):
         if "low_resolution" in encoder.fields and "low_resolution" not in dataset.fields:
-            factor = getattr(getattr(encoder, "config", None), "factor", None)
-            if factor is None or factor < 2:
-                raise DarkroomError(
-                    "the model sharpens blurred pictures, and the data has none: evaluate it on data with pictures of "
-                    "low resolution"
-                )
-            made["low_resolution"] = LowResolution(factor=factor)
+            made["low_resolution"] = trained_degradation(model, getattr(encoder, "config", None))
         if "repaint_mask" in encoder.fields and "repaint_mask" not in dataset.fields:
             made["repaint_mask"] = RandomMask()
     return DerivedDataset(dataset, replace(dataset.config, **made)) if made else dataset
+
+
+def trained_degradation(model: LatentDiffusion, config: Any) -> LowResolution:
+    """How the small pictures that a model was trained with were made; of one that does not say so, plain bicubic."""
+    factor = getattr(config, "factor", None)
+    recorded = (model.info.get("data") or {}).get("low_resolution")
+    if isinstance(recorded, dict) and recorded.get("factor") == factor:
+        return from_dict(LowResolution, recorded)
+    if factor is None or factor < 2:
+        raise DarkroomError(
+            "the model sharpens blurred pictures, and the data has none: evaluate it on data with pictures of low "
+            "resolution"
+        )
+    return LowResolution(factor=factor)
 
 
 def stored_size(place: str) -> Size:

@@ -16,6 +16,7 @@ from darkroom.data.batches import Batches, collate
 from darkroom.data.degradations import LowResolution, blurred, degrade
 from darkroom.data.latent_cache import LatentCache
 from darkroom.data.masks import RandomMask, draw_mask
+from darkroom.data.resizing import bicubic
 from darkroom.data.shapes import COLOURS, depth_map, draw_scene, render
 from darkroom.data.sources import DataConfig, open_dataset
 from darkroom.data.transforms import crop_example, crop_step, flip_example
@@ -25,11 +26,35 @@ from darkroom.errors import DarkroomError
 
 
 def test_smaller_is_the_bicubic_of_pillow() -> None:
+    """In floating point to rounding; of uint8, which Pillow also rounds between the axes, within one step."""
     image = torch.from_numpy(pixels(3, (48, 32)).transpose(2, 0, 1).copy())
     small = degrade(image, LowResolution(4))
     assert small.shape == (3, 8, 12) and small.dtype == torch.uint8
     theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((12, 8), Image.Resampling.BICUBIC)
-    assert np.abs(small.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    difference = np.abs(small.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs).astype(int))
+    assert difference.max() <= 1 and (difference == 0).mean() > 0.6
+    for size in ((8, 12), (11, 7), (32, 48), (50, 96)):
+        ours = bicubic(image.float(), size)
+        for mine, plane in zip(ours.numpy(), image.numpy(), strict=True):
+            picture = Image.fromarray(plane.astype(np.float32))
+            other = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+            assert np.abs(mine - other).max() < 1e-3
+
+
+def test_smaller_is_keys_kernel_stretched_by_the_factor() -> None:
+    """Against the formula in float64, far from the border."""
+    row = torch.rand(1, 1, 64, generator=torch.Generator().manual_seed(0))
+
+    def keys(x: np.ndarray) -> np.ndarray:
+        x = np.abs(x)
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+    places = np.arange(64) + 0.5
+    for i, value in enumerate(bicubic(row.expand(1, 4, 64), (1, 16))[0, 0].tolist()):
+        weights = keys((places - (i + 0.5) * 4) / 4)
+        if 2 <= i < 14:
+            assert value == pytest.approx(weights @ row[0, 0].double().numpy() / weights.sum(), abs=1e-6)
 
 
 def test_blur_is_a_gaussian() -> None:
@@ -56,7 +81,8 @@ def test_the_type_and_the_range_stay(dtype: torch.dtype) -> None:
 
 
 def test_rules_that_do_nothing_are_refused() -> None:
-    for options in ({"factor": 0}, {"factor": 1}, {"blur": -1.0}):
+    bad: list[dict[str, Any]] = [{"factor": 0}, {"factor": 1}, {"blur": -1.0}, {"blur": (2.0, 1.0)}, {"blur": 100.0}]
+    for options in (*bad, {"pipeline": "bsr", "blur": 1.0}):
         with pytest.raises(DarkroomError, match=r"data\.low_resolution"):
             LowResolution(**options)  # type: ignore[arg-type]
     for options in ({"share": (0.0, 0.5)}, {"share": (0.5, 0.4)}, {"everything": 2.0}):

@@ -52,6 +52,7 @@ MILLIONS = {
     "ldm-semantic256": 215.23,
     "ldm-semantic512": 215.23,
     "ldm-sr": 113.62,
+    "ldm-sr-bsr": 113.62,
     "ldm-inpainting-big": 387.25,
     "sd-v1": 859.52,
     "sd-v1-inpainting": 859.54,

@@ -24,7 +24,8 @@ Batch = dict[str, Any]
 class Examples(Protocol):
     """What batches are made of: an `ImageDataset`, a `LatentCache`, or any sequence of examples.
 
-    A `config` with `flip` or a random crop asks for augmentation; then `example(index, flip)` must be there too.
+    A `config` with `flip` or a random crop asks for augmentation; then `example(index, flip)` must be there too. Where
+    `redraws` is true, `redrawn(index, rng, flip)` gives an example whose random fields are drawn anew.
     """
 
     def __len__(self) -> int: ...
@@ -70,8 +71,8 @@ class Batches:
         batch_size * world_size, of which each rank takes its slice: two ranks with 4 see what one with 8 sees.
         The remainder of an epoch is dropped; a set smaller than a joint batch is repeated to fill it.
     micro_batches: how many make a training step (gradient accumulation).
-    augment: apply the configuration's `flip` and `random_crop`, and redraw random masks (drawn from the seed and the
-        batch number).
+    augment: apply the configuration's `flip` and `random_crop`, and redraw random masks and random damage (drawn from
+        the seed and the batch number).
     crop: (width, height) of random crops instead of the configuration's.
     prefetch: prepare the next batch in a background thread; what is returned does not depend on it.
     """
@@ -106,6 +107,7 @@ class Batches:
                 f"crop {self._crop[0]}x{self._crop[1]} does not fit in images of {size[0]}x{size[1]}; make it smaller"
             )
         self._mask = getattr(dataset, "mask_rule", None) if augment else None
+        self._redraws = augment and bool(getattr(dataset, "redraws", False))
         self._drawn = self._crop or size
         self.joint = batch_size * world_size
         self.per_epoch = max(1, len(dataset) // self.joint)
@@ -156,13 +158,13 @@ class Batches:
     def _make(self, number: int) -> Batch:
         indices = self._indices(number)
         if not self._flip and self._crop is None:
-            return collate(self._with_masks([self.dataset[i] for i in indices], number), self._pixels)
+            plain = [self._example(index, number, place) for place, index in enumerate(indices)]
+            return collate(self._with_masks(plain, number), self._pixels)
         rng = np.random.default_rng([self.seed, 1, number])
         draws = rng.random((self.joint, 3))[self.rank * self.batch_size :]
-        dataset: Any = self.dataset
         examples = []
-        for index, (mirror, right, down) in zip(indices, draws.tolist(), strict=False):
-            example = dataset.example(index, flip=True) if self._flip and mirror < 0.5 else dataset[index]
+        for place, (index, (mirror, right, down)) in enumerate(zip(indices, draws.tolist(), strict=False)):
+            example = self._example(index, number, place, flip=self._flip and mirror < 0.5)
             if self._crop is not None:
                 height, width = example["image"].shape[-2:]
                 step = crop_step(example, *self._crop)
@@ -171,6 +173,14 @@ class Batches:
                 example = crop_example(example, x, y, *self._crop)
             examples.append(example)
         return collate(self._with_masks(examples, number), self._pixels)
+
+    def _example(self, index: int, number: int, place: int, flip: bool = False) -> dict[str, Any]:
+        """One example for a place of a batch, not cropped yet."""
+        dataset: Any = self.dataset
+        if self._redraws:
+            rng = np.random.default_rng([self.seed, 3, number, self.rank * self.batch_size + place])
+            return dataset.redrawn(index, rng, flip)
+        return dataset.example(index, flip=True) if flip else dataset[index]
 
     def _with_masks(self, examples: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
         """A mask of its own for every example of every batch, in place of the one that goes with the example."""

@@ -62,6 +62,7 @@ class LatentCache:
         self.config, self.digest, self.problems = dataset.config, dataset.digest, dataset.problems
         self.class_names, self.box_names = dataset.class_names, dataset.box_names
         self.mask_rule = dataset.mask_rule
+        self.redraws = dataset.redraws and (wanted is None or "low_resolution" in wanted)
         others = (f for f in dataset.fields if (f != "image" if wanted is None else f in wanted))
         self.fields = ("moments", *others)
 
@@ -72,13 +73,22 @@ class LatentCache:
         return self.example(index)
 
     def example(self, index: int, flip: bool = False) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        stored = torch.from_numpy(np.array(self._moments[index, int(flip)])).view(self._dtype)
         if self._wanted is not None and "image" in self._wanted:
             others = {name: value for name, value in self.dataset[index].items() if name in self._wanted}
         else:
             others = self.dataset.without_image(index, self._wanted)
+        return self._with_moments(index, others, flip)
+
+    def redrawn(self, index: int, rng: np.random.Generator, flip: bool = False) -> dict[str, Any]:
+        """`example`, its random fields drawn from `rng` instead of being its own."""
+        wanted = set(self.fields)
+        others = {name: value for name, value in self.dataset.redrawn(index, rng).items() if name in wanted}
+        return self._with_moments(index, others, flip)
+
+    def _with_moments(self, index: int, others: dict[str, Any], flip: bool) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        stored = torch.from_numpy(np.array(self._moments[index, int(flip)])).view(self._dtype)
         return {"moments": stored.float(), **(flip_example(others) if flip else others)}
 
     def captions(self) -> list[str]:

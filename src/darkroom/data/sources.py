@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from darkroom.data import shapes
@@ -56,7 +57,8 @@ class DataConfig:
     captions: template that makes a text out of the class name, such as "a photo of a {label}"; replaces texts.
     box_attributes: add a box's attributes (OpenImages: group, occluded, depiction, inside; 4 bits) to its class, as
         class + (number of classes) * bits; then also set `attributes` of the condition `boxes`.
-    low_resolution: also make smaller or blurred pictures, for super-resolution: {factor: 4, blur: 0}.
+    low_resolution: also make smaller, blurred or damaged pictures, for super-resolution and deblurring: {factor: 4,
+        blur: 0, pipeline: bicubic}.
     repaint_mask: also draw masks, for inpainting: {share: [0.1, 0.5], everything: 0}. Masks beside the pictures win.
     sizes: also give the size that each picture had and where it was cut, for the condition `sizes`. Metadata
         `original_width` and `original_height` win over the size of the file: sets are often stored smaller.
@@ -154,6 +156,11 @@ class ImageDataset(ABC):
         return None
 
     @property
+    def redraws(self) -> bool:
+        """Whether `redrawn` is another example for every generator, because some of its fields are random."""
+        return False
+
+    @property
     def low_resolution_factor(self) -> int | None:
         """How many times larger than `low_resolution` the image is; None without that field."""
         return None if self.config.low_resolution is None else self.config.low_resolution.factor
@@ -177,6 +184,10 @@ class ImageDataset(ABC):
     def example(self, index: int, flip: bool = False) -> dict[str, Any]:
         """An example, mirrored if asked."""
         return flip_example(self[index]) if flip else self[index]
+
+    def redrawn(self, index: int, rng: np.random.Generator, flip: bool = False) -> dict[str, Any]:
+        """`example`, its random fields drawn from `rng` instead of being its own."""
+        return self.example(index, flip)
 
     def without_image(self, index: int, wanted: Collection[str] | None = None) -> dict[str, Any]:
         """The fields besides the image, or those of them that are wanted: what costs time is then left out."""
