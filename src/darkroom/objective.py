@@ -44,6 +44,10 @@ class ObjectiveConfig(TimeSamplingConfig):
         the others; the encoders' own drop rates decide for the rest. Without it a condition that is mostly seen in
         company is not learned: of three that are dropped half of the time, each is alone in an eighth.
 
+    draws: how many times and noises every example of a batch is given. Conditions are encoded once for all of them,
+        which pays where that costs as much as the network: a masked picture passes through the first stage anew in
+        every step. Of 32 examples a step, those of `clothing-inpaint` take 1.0 s with 2 draws, 1.5 s with 1.
+
     likelihood_bins: L_vlb at time 0: so many values of a pixel in [-1, 1] (256 in the official code); null: a density,
         which is right for latents.
     """
@@ -53,7 +57,12 @@ class ObjectiveConfig(TimeSamplingConfig):
     min_snr_gamma: float = 5.0
     vlb_weight: float = 0.001
     alone_rate: float = 0.0
+    draws: int = 1
     likelihood_bins: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise DarkroomError(f'"objective.draws" is {self.draws}: it must be at least 1')
 
 
 def denoising_loss(

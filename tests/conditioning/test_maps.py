@@ -219,6 +219,20 @@ def test_what_is_under_the_mask_does_not_matter(options: dict[str, Any]) -> None
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("size", [(16, 24), (14, 21)])
+def test_every_pixel_of_the_mask_as_channels(size: tuple[int, int]) -> None:
+    """A hole of one pixel may be lost at the nearest of its block, not among all f*f; also where sizes are padded."""
+    encoder = masked(mask_via="pixels", mask_range=(-1.0, 1.0))
+    encoder._encode_image = lambda image, _: F.avg_pool2d(image[:, :2], 4, ceil_mode=True)
+    mask = torch.zeros(1, 1, *size)
+    mask[0, 0, 5, 7] = 1
+    concat = encoder.encode({"image": randn(1, 3, *size), "repaint_mask": mask}).concat
+    assert concat.shape == (1, 16 + 2, -(-size[0] // 4), -(-size[1] // 4)) and encoder.widths == {"concat": 18}
+    is_hole = (concat[0, :16] == 1).nonzero().tolist()
+    assert is_hole == [[1 * 4 + 3, 1, 1]]  # row 5 = 4 + 1, column 7 = 4 + 3
+    assert encoder.null(1).concat[0, :, 0, 0].tolist() == [1.0] * 16 + [0.0] * 2
+
+
 def test_masked_null_is_all_to_repaint() -> None:
     assert masked().null(2).concat[0, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
     assert masked(mask_first=False, mask_range=(-1.0, 2.0)).null(2).concat[0, :, 0, 0].tolist() == [0.0, 0.0, 2.0]

@@ -165,7 +165,9 @@ class MaskedImageConfig(EncoderConfig):
     normalised: the latent of the masked picture with shift and scale (false: as the autoencoder gives it)
     fill:       what is under the mask, from -1 black to 1 white (-1)
     mask_range: the mask's values where the picture is kept and where it is repainted ([-1, 1])
-    latent_channels, image_channels: null: those of the first stage
+    mask_via:   how the mask comes to the latent's size: its "nearest" pixel, or "pixels": all f*f of a block as
+                channels, which also tells of strokes that are thinner than a block (ours)
+    latent_channels, image_channels, downsampling: null: those of the first stage
     """
 
     kind: str = "masked_image"
@@ -175,25 +177,34 @@ class MaskedImageConfig(EncoderConfig):
     normalised: bool = True
     fill: float = 0.0
     mask_range: tuple[float, float] = (0.0, 1.0)
+    mask_via: Literal["nearest", "pixels"] = "nearest"
     latent_channels: int | None = None
     image_channels: int | None = None
+    downsampling: int | None = None
 
     def fitted(self, parts: Parts) -> Self:
-        filled: Self = fill(self, latent_channels=parts.latent_channels, image_channels=parts.image_channels)
+        own = {"latent_channels": parts.latent_channels, "image_channels": parts.image_channels}
+        if self.mask_via == "pixels":
+            own["downsampling"] = parts.downsampling
+        filled: Self = fill(self, **own)
         return filled
+
+    @property
+    def block(self) -> int:
+        """Pixels along each side of a block whose mask becomes channels."""
+        return self.downsampling or 1 if self.mask_via == "pixels" else 1
 
 
 class MaskedImageEncoder(ConditionEncoder):
-    """`image` (B, C, H, W) in [-1, 1] and `repaint_mask` (B, 1, H, W), 1 = repaint -> `concat` (B, E + 1, h, w): the
-    latent of the picture with its hole, and the mask at the nearest pixel. Null: all is to be repainted."""
+    """`image` (B, C, H, W) in [-1, 1] and `repaint_mask` (B, 1, H, W), 1 = repaint -> `concat` (B, E + M, h, w): the
+    latent of the picture with its hole, and the mask: M = 1 nearest pixel, or all f*f. Null: all is to be repainted."""
 
     config_class = MaskedImageConfig
 
     def __init__(self, config: MaskedImageConfig, encode_image: EncodeImage) -> None:
         assert config.latent_channels is not None
-        super().__init__(
-            ("image", config.field), {"concat": config.latent_channels + 1}, config.drop_rate, config.guidance_scale
-        )
+        channels = config.latent_channels + config.block**2
+        super().__init__(("image", config.field), {"concat": channels}, config.drop_rate, config.guidance_scale)
         self.config, self._encode_image = config, encode_image
 
     @classmethod
@@ -208,11 +219,21 @@ class MaskedImageEncoder(ConditionEncoder):
         masked = image * (1 - mask) + self.config.fill * mask
         latent = self._encode_image(masked, self.config.normalised)
         low, high = self.config.mask_range
-        small = F.interpolate(mask, size=latent.shape[2:], mode="nearest").to(latent) * (high - low) + low
+        small = self._at_latent(mask, (latent.shape[2], latent.shape[3])).to(latent) * (high - low) + low
         return Conditioning(concat=torch.cat([small, latent] if self.config.mask_first else [latent, small], dim=1))
 
+    def _at_latent(self, mask: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, 1, H, W) -> (B, 1 or f*f, h, w). Where H and W are no multiples of f the last row and column are
+        repeated, as they are in the picture before it is encoded."""
+        block = self.config.block
+        if block == 1:
+            return F.interpolate(mask, size=size, mode="nearest")
+        below, right = size[0] * block - mask.shape[2], size[1] * block - mask.shape[3]
+        return F.pixel_unshuffle(F.pad(mask, (0, right, 0, below), mode="replicate"), block)
+
     def null(self, batch_size: int) -> Conditioning:
-        latent, mask = [0.0] * (self.widths["concat"] - 1), [self.config.mask_range[1]]
+        assert self.config.latent_channels is not None
+        latent, mask = [0.0] * self.config.latent_channels, [self.config.mask_range[1]] * self.config.block**2
         return Conditioning(concat=_flat(batch_size, *(mask + latent if self.config.mask_first else latent + mask)))
 
     def from_request(self, field: str, value: Any, size: tuple[int, int]) -> Tensor:

@@ -183,6 +183,8 @@ def _conditions_lacking(encoders: Mapping[str, Mapping[str, Any]], network: Mapp
             problems.append("places of boxes with ids of their own (tokens)")
         if kind == "low_resolution" and encoder.get("via", "pixels") != "pixels":
             problems.append("low-resolution picture through the first stage")
+        if kind == "masked_image" and encoder.get("mask_via", "nearest") != "nearest":
+            problems.append("every pixel of the mask (mask_via)")
     return problems
 
 

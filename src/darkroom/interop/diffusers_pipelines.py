@@ -143,7 +143,7 @@ def _refuse(pipeline: Pipeline, configs: Mapping[str, Mapping[str, Any]], latent
 
 
 def _usual_mask(mask: Mapping[str, Any]) -> bool:
-    usual = {"mask_first": True, "normalised": True, "fill": 0.0, "mask_range": [0.0, 1.0]}
+    usual = {"mask_first": True, "normalised": True, "fill": 0.0, "mask_range": [0.0, 1.0], "mask_via": "nearest"}
     return all(
         (list(v) if isinstance(v := mask.get(key, value), tuple) else v) == value for key, value in usual.items()
     )

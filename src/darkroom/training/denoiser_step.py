@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.conditioning.conditioner import Conditioner
+from darkroom.conditioning.types import Conditioning
 from darkroom.denoiser import Denoiser
 from darkroom.diffusion.time_sampling import sample_time
 from darkroom.first_stage.first_stage import FirstStage
@@ -59,6 +60,9 @@ class DenoiserPhase(nn.Module):
         device = next(self.denoiser.parameters()).device
         x0 = batch_latent(batch, self._frozen[0], generator, device)
         conditioning = self.conditioner(batch, generator, alone_rate=self.objective.alone_rate).to(device)
+        if (draws := self.objective.draws) > 1:
+            # One batch behind the other, so that stratified times give one example times far from each other.
+            x0, conditioning = torch.cat([x0] * draws), Conditioning.cat([conditioning] * draws)
         places = x0.shape[2] * x0.shape[3]
         time = sample_time(self.objective, self.denoiser.schedule, x0.shape[0], generator, places)
         level = self.denoiser.schedule.level(time)
