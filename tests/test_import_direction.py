@@ -85,6 +85,7 @@ COMPOSE = (
     "model_io",
     "whole_models",
     "exchange",
+    "upscaling",
     "plan",
     "recipe_source",
     "perceptual_job",

@@ -244,7 +244,7 @@ def test_guidance_of_each_condition() -> None:
     expected = Guided(model.denoiser, model.conditioner(batch), null, 6.0, between=[(text, 2.0)])
     x, level = torch.randn(1, 4, 8, 8), model.denoiser.schedule.level(300.0)
     with torch.no_grad():
-        torch.testing.assert_close(model._guided(request, slice(0, 1), None)(x, level), expected(x, level))
+        torch.testing.assert_close(model.guided(request, slice(0, 1))(x, level), expected(x, level))
     # A condition that is not asked for takes no part.
     alone = model.generate("a red fox", guidance={"class": 6.0}, guidance_scale=2.0, seed=3, steps=2, solver="ddim")
     assert alone.nfe == 4

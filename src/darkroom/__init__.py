@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from darkroom.reconstruction import reconstruct as reconstruct
     from darkroom.remeasure import measure as measure
     from darkroom.train_job import train as train
+    from darkroom.upscaling import upscale as upscale
 
 _HOME = {
     "Adapter": "darkroom.adapters",
@@ -55,6 +56,7 @@ _HOME = {
     "load_first_stage": "darkroom.model_io",
     "reconstruct": "darkroom.reconstruction",
     "train": "darkroom.train_job",
+    "upscale": "darkroom.upscaling",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

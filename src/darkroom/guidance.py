@@ -6,7 +6,8 @@ Raw outputs of the network are combined and converted to x0 once. What is guided
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -101,6 +102,18 @@ class Guided:
         # out_k - out_(k-1) + out_(k+1) - out_k: where both have one factor the one between is never needed.
         last = len(chain) - 1
         self._chain = [link for k, link in enumerate(chain) if k == last or link[1] != chain[k + 1][1]]
+
+    def mapped(self, function: Callable[[Conditioning], Conditioning]) -> Guided:
+        """The same with every conditioning replaced by a function of it, such as the part that a window sees. It counts
+        its own evaluations. A guide model is not taken along."""
+        if self.guide is not None:
+            raise DarkroomError("a guide model works on whole images; leave it out")
+        other = copy.copy(self)
+        other.nfe = 0
+        other.conditioning = None if self.conditioning is None else function(self.conditioning)
+        other.null = None if self.null is None else function(self.null)
+        other._chain = [(function(conditioning), scale) for conditioning, scale in self._chain]
+        return other
 
     def _active(self, level: NoiseLevel) -> bool:
         if self.guide is None and self.null is None:

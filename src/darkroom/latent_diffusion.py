@@ -39,6 +39,7 @@ from darkroom.first_stage.first_stage import FirstStage
 from darkroom.guidance import Guide, Guided
 from darkroom.pixel_format import PixelFormat
 from darkroom.solvers import SOLVERS, default_eta, default_spacing
+from darkroom.solvers.common import Denoise, Noise
 
 CONDITION_STREAM = 0x5EED_C0DE  # of the noise that is added to a condition, by exclusive or with an image's seed
 DEFAULTS: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "solver": "dpm++2m", "batch_size": 16}
@@ -349,7 +350,7 @@ class LatentDiffusion(nn.Module):
                 )
             latents.append(latent)
             images.append(to_pixels(image, self.pixels))
-        return Result(np.concatenate(images), torch.cat(latents), nfe, self._settings(request, guides, nfe))
+        return Result(np.concatenate(images), torch.cat(latents), nfe, self.settings(request, nfe, guides))
 
     def _shower(self, preview: Callable[[int, np.ndarray], None], every: int) -> Callable[[int, Tensor], None]:
         """Turns estimates x0 (B, C, H, W) into calls of `preview`; complains now if there is no preview decoder."""
@@ -382,20 +383,34 @@ class LatentDiffusion(nn.Module):
         seeds = request.seeds[part]
         shape = (self.latent_channels, request.size[1] // self.downsampling, request.size[0] // self.downsampling)
         noise = SeededNoise(seeds, shape, self.device)
-        denoise: Guided | ClassifierGuided = self._guided(request, part, guides.model)
+        denoise: Guided | ClassifierGuided = self.guided(request, part, guides.model)
         if (c := guides.classifier) is not None:
             denoise = ClassifierGuided(denoise, c.classifier, c.labels_of(len(request.seeds))[part], c.scale)
-        grid = self.grid(request.solver, request.steps, shape[1] * shape[2])
+        return self.solve(request, denoise, noise, shape[1] * shape[2], on_step), denoise.nfe
+
+    def solve(
+        self,
+        request: Request,
+        denoise: Denoise,
+        noise: Noise,
+        places: int,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """From noise to latents (B, C, H, W) by the solver of a validated request.
+
+        noise(0) is what it begins with. places: h*w of what the network sees at a time, see `shift_rule`.
+        """
+        assert request.steps and request.solver
+        grid = self.grid(request.solver, request.steps, places)
         options: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
-        if request.solver == "ddpm" and self.denoiser.learned_variance:
+        if request.solver == "ddpm" and self.denoiser.learned_variance and hasattr(denoise, "predict"):
             options["variance"] = "learned"
         if on_step is not None:
             options["callback"] = lambda step, level, x, x0: on_step(step + 1, x0)
         x = noise(0) * self.denoiser.schedule.prior_std(grid[0])
-        x = SOLVERS[request.solver](denoise, x, grid, lambda i: noise(i + 1), **options)
-        return x, denoise.nfe
+        return SOLVERS[request.solver](denoise, x, grid, lambda i: noise(i + 1), **options)
 
-    def _guided(self, request: Request, part: slice, guide: LatentDiffusion | None) -> Guided:
+    def guided(self, request: Request, part: slice, guide: LatentDiffusion | None = None) -> Guided:
         """The denoiser with the conditions of some images bound to it, and guidance."""
         assert request.guidance_scale is not None
         options: dict[str, Any] = {"interval": request.guidance_interval, "rescale": request.guidance_rescale}
@@ -487,9 +502,11 @@ class LatentDiffusion(nn.Module):
         """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]; large ones in exact strips."""
         return latent if self.first_stage is None else self.first_stage.decode(latent, tile="auto")
 
-    def _settings(self, request: Request, guides: Guides, nfe: int) -> list[dict[str, Any]]:
+    def settings(self, request: Request, nfe: int, guides: Guides | None = None) -> list[dict[str, Any]]:
+        """What a picture says about how it was made, for each image of a validated request."""
         from darkroom import __version__
 
+        guides = guides or Guides()
         c, count = guides.classifier, len(request.seeds)
         record = asdict(replace(request, conditions=None))
         record["size"] = list(request.size or ())
