@@ -245,6 +245,10 @@ def _repeat(given: Given, source: Path) -> None:
     from darkroom.png_settings import read_settings
 
     record = read_settings(source)
+    if "upscale" in record:
+        raise DarkroomError(
+            f"{source} was made by `darkroom upscale`; repeat that command on the picture it was made of"
+        )
     index = record.get("index")
     target = Target.choose(given.output, given.grid or index is None)
     preview = _preview_file(given.preview)
@@ -358,11 +362,11 @@ class Target:
                 raise DarkroomError(
                     f"{path}: {what} written as {', '.join(known)}, which keeps every pixel and the settings"
                 )
-            _check_writable(path.parent)
+            check_writable(path.parent)
             return cls(path, True, grid, path.suffix)
         if path.exists() and not path.is_dir():
             raise DarkroomError(f"{path} is a file; give a .png or a folder")
-        _check_writable(path)
+        check_writable(path)
         return cls(path, False, grid)
 
     def fitted(self, model: LatentDiffusion) -> Target:
@@ -399,7 +403,7 @@ class Target:
         return self.path if self.single else self.path / f"{number:04d}-grid.png"
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Found out before the images are made, not after."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
@@ -414,7 +418,7 @@ def _preview_file(path: Path | None) -> Path | None:
     if path is not None:
         if path.suffix.lower() != ".png" or path.is_dir():
             raise DarkroomError(f"--preview {path}: give the name of a .png, which is overwritten again and again")
-        _check_writable(path.parent)
+        check_writable(path.parent)
     return path
 
 

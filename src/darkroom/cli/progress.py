@@ -55,8 +55,8 @@ class StepBar:
 class PhaseBars:
     """One bar after another, for work of several phases: `update(phase, done, total)`."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.phase = quiet, ""
+    def __init__(self, quiet: bool = False, unit: str = "images") -> None:
+        self.quiet, self.unit, self.phase = quiet, unit, ""
         self.bar: StepBar | None = None
 
     def __enter__(self) -> PhaseBars:
@@ -67,7 +67,7 @@ class PhaseBars:
             return
         if self.bar is None or phase != self.phase:
             self._close()
-            self.phase, self.bar = phase, StepBar(phase, total, "images")
+            self.phase, self.bar = phase, StepBar(phase, total, self.unit)
         self.bar.update(round(done, 1))
 
     def _close(self) -> None:

@@ -363,14 +363,15 @@ def _png16_bytes(values: np.ndarray, text: Mapping[str, str] | None) -> bytes:
     differences[1:] -= rows[:-1]
     filtered = np.concatenate([np.full((height, 1), 2, np.uint8), differences], 1)
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    parts = [_PNG, _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))]
+    parts = [_PNG, png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))]
     for key, value in (text or {}).items():
-        parts.append(_chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + value.encode("utf-8")))
-    parts += [_chunk(b"IDAT", zlib.compress(filtered.tobytes(), 6)), _chunk(b"IEND", b"")]
+        parts.append(png_chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + value.encode("utf-8")))
+    parts += [png_chunk(b"IDAT", zlib.compress(filtered.tobytes(), 6)), png_chunk(b"IEND", b"")]
     return b"".join(parts)
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """One part of a PNG: length, kind, data, checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 

@@ -5,11 +5,12 @@ Grids and sheets are for looking at, so they have 8 bits: other images are shown
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,20 @@ def read_image(
     """A picture by the rule of `transforms`, (H, W, C) in the type of `pixels` (8 bits by default); without a size
     (width, height) without steps 5, 6."""
     path = Path(path).expanduser()
+    with explaining(path):
+        values, _ = decode(path.read_bytes(), size, channels, pixels, background)
+    return np.ascontiguousarray(values.transpose(1, 2, 0))
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Around reading a picture that someone named: whatever fails becomes one line with the cure."""
     if path.is_dir():
         raise DarkroomError(f"{path} is a folder; name a picture file")
     if not path.exists():
         raise DarkroomError(f"{path}: no such file; check the path of the picture")
     try:
-        values, _ = decode(path.read_bytes(), size, channels, pixels, background)
+        yield
     except DarkroomError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
@@ -48,7 +57,6 @@ def read_image(
         raise DarkroomError(
             f"{path} is not a picture that can be read ({reason}); use a PNG, JPEG, WebP, TIFF, NPY or EXR file"
         ) from None
-    return np.ascontiguousarray(values.transpose(1, 2, 0))
 
 
 def preview(image: np.ndarray, pixels: PixelFormat | None = None) -> np.ndarray:

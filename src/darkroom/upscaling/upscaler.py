@@ -20,6 +20,7 @@ from torch import Tensor
 
 from darkroom.conditioning.maps import LowResolutionConfig
 from darkroom.conditioning.requests import encoders_of
+from darkroom.data.resizing import bicubic
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.tiling import Tiling, available_memory
@@ -306,3 +307,11 @@ def upscale(
     if unknown := [name for name in settings if name not in known]:
         raise DarkroomError(f"upscale has no setting {unknown[0]!r} (known: {', '.join(known)})")
     return Upscaler(model)(image, UpscaleSettings(**settings), progress)
+
+
+def enlarged_alpha(alpha: np.ndarray, factor: int) -> np.ndarray:
+    """(H, W, 1) of an integer type or float32 -> (H*factor, W*factor, 1): opacity is made larger by bicubic."""
+    values = torch.from_numpy(alpha[..., 0].astype(np.float32))[None]
+    low, high = values.min(), values.max()
+    large = bicubic(values, (alpha.shape[0] * factor, alpha.shape[1] * factor)).clamp(low, high)[0].numpy()
+    return (np.rint(large) if alpha.dtype.kind in "iu" else large).astype(alpha.dtype)[..., None]
