@@ -37,6 +37,7 @@ from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.guidance import Guide, Guided
+from darkroom.inpaint import Start, begin
 from darkroom.pixel_format import PixelFormat
 from darkroom.solvers import SOLVERS, default_eta, default_spacing
 from darkroom.solvers.common import Denoise, Noise
@@ -162,6 +163,7 @@ class LatentDiffusion(nn.Module):
         guidance_rescale: float = 0.0,
         guide: LatentDiffusion | None = None,
         classifier: ClassifierGuide | None = None,
+        start: Start | None = None,
         progress: Callable[[int, int], None] | None = None,
         preview: Callable[[int, np.ndarray], None] | None = None,
         preview_every: int = 1,
@@ -173,6 +175,7 @@ class LatentDiffusion(nn.Module):
         `conditions`: what else the model takes, by field: boxes=[("fox", 0.1, 0.2, 0.5, 0.9)], segmentation=an array of
         class ids, low_resolution=a picture, image= and repaint_mask=, depth=, ... A list has one entry per image.
         `guide` is a weaker model, `classifier` recognises classes in noisy latents; see docs/guidance.md.
+        `start` is what an edit begins with; `darkroom.edit` makes it of a picture of any size.
 
         Image k depends on its own seed, prompt and settings; the batch it is computed in changes at most the last
         rounding. `progress(done, total)` is called after every solver step. `preview(done, images)` is given what the
@@ -206,7 +209,9 @@ class LatentDiffusion(nn.Module):
         request = self.validate(request)
         if guide is not None:
             self._check_guide(guide)
-        return self._run(request, Guides(guide, classifier), progress, show)
+        if start is not None:
+            self._check_start(start, request)
+        return self._run(request, Guides(guide, classifier), start, progress, show)
 
     def validate(self, request: Request) -> Request:
         """The request with every default filled in and lists of equal length, or a DarkroomError that says the cure."""
@@ -304,6 +309,22 @@ class LatentDiffusion(nn.Module):
                 shown = f"{own} against {other}" if isinstance(own, int) else "it"
                 raise DarkroomError(f"the guide differs from the model in its {what} ({shown}); take one trained alike")
 
+    def _check_start(self, start: Start, request: Request) -> None:
+        assert request.size is not None
+        width, height = request.size
+        for name, values, channels in (("image", start.image, self.image_channels), ("mask", start.mask, 1)):
+            if values is None:
+                continue
+            if values.ndim != 4 or values.shape[0] not in (1, len(request.seeds)):
+                raise DarkroomError(
+                    f"start: the {name} has shape {tuple(values.shape)}; give one for all images or each"
+                )
+            if tuple(values.shape[1:]) != (channels, height, width):
+                shape = "x".join(map(str, values.shape[1:]))
+                raise DarkroomError(
+                    f"start: the {name} is {shape}, it must be {channels}x{height}x{width} for this image"
+                )
+
     def _check_size(self, size: tuple[int, int]) -> None:
         factor = self.downsampling * self._network_config.size_multiple
         for name, value in zip(("width", "height"), size, strict=True):
@@ -331,16 +352,18 @@ class LatentDiffusion(nn.Module):
         self,
         request: Request,
         guides: Guides,
+        start: Start | None,
         progress: Callable[[int, int], None] | None,
         show: Callable[[int, Tensor], None] | None,
     ) -> Result:
         assert request.batch_size and request.steps
         images, latents, nfe = [], [], 0
         batches = range(0, len(request.seeds), request.batch_size)
-        total = len(batches) * request.steps
+        steps = request.steps if start is None else start.steps(request.steps)
         for done, first in enumerate(batches):
             part = slice(first, first + request.batch_size)
-            latent, nfe = self._sample(request, part, guides, _on_step(progress, show, done * request.steps, total))
+            on_step = _on_step(progress, show, done * steps, len(batches) * steps)
+            latent, nfe = self._sample(request, part, guides, start, on_step)
             image = self.decode(latent)
             finite = image.flatten(1).isfinite().all(1).tolist()
             if not all(finite):
@@ -376,6 +399,7 @@ class LatentDiffusion(nn.Module):
         request: Request,
         part: slice,
         guides: Guides,
+        start: Start | None,
         on_step: Callable[[int, Tensor], None] | None,
     ) -> tuple[Tensor, int]:
         """(B, C, H, W) latents of the images `part` of the request, and network calls per image."""
@@ -386,7 +410,8 @@ class LatentDiffusion(nn.Module):
         denoise: Guided | ClassifierGuided = self.guided(request, part, guides.model)
         if (c := guides.classifier) is not None:
             denoise = ClassifierGuided(denoise, c.classifier, c.labels_of(len(request.seeds))[part], c.scale)
-        return self.solve(request, denoise, noise, shape[1] * shape[2], on_step), denoise.nfe
+        own = None if start is None else start.part(part)
+        return self.solve(request, denoise, noise, shape[1] * shape[2], on_step, own), denoise.nfe
 
     def solve(
         self,
@@ -395,10 +420,12 @@ class LatentDiffusion(nn.Module):
         noise: Noise,
         places: int,
         on_step: Callable[[int, Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """From noise to latents (B, C, H, W) by the solver of a validated request.
 
-        noise(0) is what it begins with. places: h*w of what the network sees at a time, see `shift_rule`.
+        noise(0) is what it begins with, of an edit together with the pictures of `start`. places: h*w of what the
+        network sees at a time, see `shift_rule`.
         """
         assert request.steps and request.solver
         grid = self.grid(request.solver, request.steps, places)
@@ -407,7 +434,11 @@ class LatentDiffusion(nn.Module):
             options["variance"] = "learned"
         if on_step is not None:
             options["callback"] = lambda step, level, x, x0: on_step(step + 1, x0)
-        x = noise(0) * self.denoiser.schedule.prior_std(grid[0])
+        prior_std = self.denoiser.schedule.prior_std(grid[0])
+        x = noise(0) * prior_std
+        if start is not None:
+            known = self.encode_image(start.image)
+            denoise, x, grid = begin(denoise, start, known, noise(0), grid, prior_std, self.downsampling)
         return SOLVERS[request.solver](denoise, x, grid, lambda i: noise(i + 1), **options)
 
     def guided(self, request: Request, part: slice, guide: LatentDiffusion | None = None) -> Guided:
@@ -497,6 +528,11 @@ class LatentDiffusion(nn.Module):
         conditioning = self.conditioner.null(len(seeds)) if nothing else self.conditioner(batch, absent=absent)
         width, height = request.size
         return conditioning.to(self.device).spread(-(-height // self.downsampling), -(-width // self.downsampling))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, channels, height, width) in [-1, 1] -> (B, C, H, W) normalised latents, the posterior's mode."""
+        image = image.to(self.device)
+        return image if self.first_stage is None else self.first_stage.encode(image, tile="auto").mode().float()
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, C, H, W) normalised latents -> (B, channels, height, width) in [-1, 1]; large ones in exact strips."""

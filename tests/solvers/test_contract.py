@@ -40,6 +40,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "dpm++3m_sde": [{}, {"eta": 0.5}],
     "unipc": [{}, {"variant": "bh1"}, {"order": 3}],
     "lcm": [{}],
+    "repaint": [{}, {"resample": 1}],
 }
 RUNS = [(name, options) for name in SOLVERS for options in OPTIONS[name]]
 

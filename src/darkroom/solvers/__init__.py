@@ -26,6 +26,7 @@ from darkroom.solvers.dpm_singlestep import dpm2, dpm2_ancestral, dpm_plus_plus_
 from darkroom.solvers.euler import euler, euler_ancestral
 from darkroom.solvers.heun import heun
 from darkroom.solvers.lcm import lcm
+from darkroom.solvers.repaint import repaint, repaint_nfe
 from darkroom.solvers.unipc import unipc
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {
@@ -48,6 +49,7 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
     "dpm++3m_sde": dpm_plus_plus_3m_sde,
     "unipc": unipc,
     "lcm": lcm,
+    "repaint": repaint,
 }
 
 # The solvers that spread their levels as EDM does, denser near the data; the others keep even times.
@@ -92,4 +94,6 @@ def solver_nfe(solver: str, grid: Grid, eta: float | None = None) -> int:
     if solver == "plms":
         first = next(((here, there) for here, there in pairs if float(here.alpha) > 0), None)
         return grid.steps + (first is not None and float(first[1].sigma) > 0)
+    if solver == "repaint":
+        return repaint_nfe(grid)
     return grid.steps
