@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("name")
     parser.add_argument("--licence", type=Path, nargs="*", default=[], help="licence texts of the data, copied beside")
     parser.add_argument("--data-licence", default="", help="one line for the model card")
+    parser.add_argument("--description", help="for the model card, instead of the recipe's")
     parser.add_argument("--command", default="", help="the command that makes this model again")
     parser.add_argument("--log", type=Path, nargs="*", default=[], help="earlier runs whose logs go before, in order")
     parser.add_argument("--scores", type=Path, help="scores.json of `darkroom eval --first-stage`")
@@ -64,7 +65,10 @@ def main() -> int:
         whole_model(model, place, args)
     config = yaml.safe_load((args.run / "config.yaml").read_text())
     (place / "config.yaml").write_text(yaml.safe_dump(relative(config), sort_keys=False, allow_unicode=True))
-    log = [line for run in (*args.log, args.run) for line in thin((run / "metrics.jsonl").read_text().splitlines())]
+    logs = [run / "metrics.jsonl" for run in (*args.log, args.run)]
+    if not logs[-1].exists():  # a run of 0 steps, which only measured something
+        logs.pop()
+    log = [line for path in logs for line in thin(path.read_text().splitlines())]
     (place / "training.jsonl").write_text("\n".join(log) + "\n")
     for licence in args.licence:
         shutil.copyfile(licence, place / f"LICENSE-{licence.name.removeprefix('LICENSE-')}")
@@ -82,7 +86,7 @@ def first_stage(model: FirstStage, place: Path, args: argparse.Namespace) -> Non
     """Weights and card of a first stage alone."""
     summary = json.loads((args.run / "summary.json").read_text())
     data = relative(json.loads((args.run / "data.json").read_text())) | {"licence": args.data_licence}
-    description = yaml.safe_load((args.run / "config.yaml").read_text())["description"]
+    description = args.description or yaml.safe_load((args.run / "config.yaml").read_text())["description"]
     info = {"name": args.name, "description": description, "training": summary, "data": data}
     card = model_card(
         info

@@ -46,6 +46,7 @@ from darkroom.errors import DarkroomError
 from darkroom.evaluation.environment import hardware
 from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
+from darkroom.first_stage.grain import fit_output_grain
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.statistics import encoder_fingerprint
 from darkroom.interop.text_towers import fill as fill_text_towers
@@ -70,6 +71,7 @@ from darkroom.training.recipe import Recipe
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
+GRAIN_IMAGES = 1024  # whose missing roughness gives the grain on a decoder's image
 # Of the summary, for the model card: name and protocol.
 SCORES = {
     "first_stage_psnr": ("PSNR in dB", "mean over held-out images, posterior mode, averaged weights, [-1, 1] clamped"),
@@ -371,11 +373,11 @@ class _Job:
             for first in range(0, len(chosen), batch_size)
         ]
 
-    def _measured_batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
-        """Images, or cached moments, whose latents give shift and scale."""
-        chosen = spread(len(dataset), MEASURED_IMAGES)
-        for first in range(0, len(chosen), 64):
-            yield collate([dataset[i] for i in chosen[first : first + 64]], pixels_of(dataset))
+    def _measured_batches(self, dataset: Any, count: int = MEASURED_IMAGES, size: int = 64) -> Iterator[dict[str, Any]]:
+        """Images, or cached moments, of which something is measured: `count` of them, `size` at once."""
+        chosen = spread(len(dataset), count)
+        for first in range(0, len(chosen), size):
+            yield collate([dataset[i] for i in chosen[first : first + size]], pixels_of(dataset))
 
     def first_stage_stage(self, resume: bool) -> tuple[FirstStage | None, LoopResult | None]:
         """The trained or given first stage, with measured latents; the identity for pixel models."""
@@ -431,6 +433,10 @@ class _Job:
         if config.objective.train_encoder or config.init_from is None:
             self.say("measuring the latents")
             first_stage.measure(self._measured_batches(self.data), config.latents)
+        if first_stage.trainable.decoder.grain is not None:
+            self.say("measuring the grain that the decoder's images lack")
+            images = (batch["image"] for batch in self._measured_batches(self.data, GRAIN_IMAGES, 16))
+            fit_output_grain(first_stage.trainable, images, config.grain_share)
         result.last.update(validate(result.steps))
         if self.world.is_main:
             save(first_stage, done)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darkroom.features.texture import EPSILON, REFERENCE, STEPS, TextureDistance, variogram
+from darkroom.features.texture import EPSILON, STEPS, TextureDistance, variogram
 
 distance = TextureDistance()
 
@@ -98,13 +98,3 @@ def test_who_is_unsure_how_rough_a_place_is_paints_the_mean_roughness() -> None:
         return float(painted.grad)
 
     assert slope(0.97 * mean) < 0 < slope(1.03 * mean)
-
-
-@pytest.mark.parametrize("exponent", [0.0, 0.5])
-def test_the_exponent_in_closed_form(exponent: float) -> None:
-    """(V - V')^2 / 4 W^p R^(1-p): for waves, as above, with the same V everywhere."""
-    wave = torch.sin(torch.arange(256, dtype=torch.float64) * math.pi / 2).expand(1, 1, 64, 256)
-    v = [(1 - math.cos(right * math.pi / 2)) for _, right in STEPS]
-    units = [(0.8**2 * x + EPSILON) ** exponent * REFERENCE ** (1 - exponent) for x in v]
-    expected = sum((0.3**2 * x - 0.8**2 * x) ** 2 / (4 * unit) for x, unit in zip(v, units, strict=True)) / len(STEPS)
-    assert float(TextureDistance(exponent)(0.3 * wave, 0.8 * wave)) == pytest.approx(expected, rel=0.03)

@@ -47,5 +47,5 @@ def make_autoencoder(name: str) -> Autoencoder:
             if isinstance(module, Grain):  # it begins as nothing
                 torch.nn.init.normal_(module.project.weight)
             if isinstance(module, OutputGrain):
-                torch.nn.init.normal_(module.strength.weight)
+                torch.nn.init.normal_(module.variance.weight)
     return autoencoder.requires_grad_(False)

@@ -17,10 +17,6 @@ the reconstruction does: where a decoder cannot tell how rough a place is, the g
 With the image's own roughness as W, the smooth ones among the candidates would count the most, and with the difference
 of roots, all of them too little: either leaves reconstructions too smooth.
 
-With an exponent p the denominator is 4 W^p R^(1 - p), R = 0.02. At 1 a place counts by how far its roughness is off in
-proportion: what is nearly flat must be flat. At 0 it counts by how far it is off at all, which is for whoever knows too
-little to tell rough places from flat ones, and should get their sum right.
-
 Shapes: B batch, C channels, H W image size, N planes.
 """
 
@@ -39,25 +35,18 @@ STEPS = (
 )
 OCTAVES = 2  # a neighbourhood is a binomial window of about ten pixels
 WIDER = 5  # neighbourhoods along a side, in the mean that differences are measured by
-REFERENCE = 0.02  # a variogram of about the middle of photos
 EPSILON = 1e-4  # a variance: deviations below 0.01, of images in [-1, 1], hardly count
 
 
 class TextureDistance(nn.Module):
     """(B, C, H, W) of an image and its reconstruction, in [-1, 1] -> (B,), in float32 at least; 0 for one pixel."""
 
-    def __init__(self, exponent: float = 1.0) -> None:
-        super().__init__()
-        self.exponent = exponent
-
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
             one, two = (_planes(x.to(dtype)) for x in (image, reconstruction))
             distances = [
-                _difference(variogram(one, *step), variogram(two, *step), self.exponent)
-                for step in STEPS
-                if _fits(step, one)
+                _difference(variogram(one, *step), variogram(two, *step)) for step in STEPS if _fits(step, one)
             ]
             return torch.stack(distances).mean(0) if distances else (image - reconstruction).flatten(1).sum(1) * 0.0
 
@@ -85,8 +74,7 @@ def _fits(step: tuple[int, int], t: Tensor) -> bool:
     return step[0] < t.shape[-2] and abs(step[1]) < t.shape[-1]
 
 
-def _difference(v: Tensor, other: Tensor, exponent: float) -> Tensor:
+def _difference(v: Tensor, other: Tensor) -> Tensor:
     """(B, N, h, w) twice, of the image and of the reconstruction -> (B,): summed over planes, mean over places."""
     wider = F.avg_pool2d(other.detach(), WIDER, stride=1, padding=WIDER // 2, count_include_pad=False)
-    unit = (wider + EPSILON) ** exponent * REFERENCE ** (1.0 - exponent)
-    return ((v - other).square() / (4.0 * unit)).sum(1).flatten(1).mean(1)
+    return ((v - other).square() / (4.0 * (wider + EPSILON))).sum(1).flatten(1).mean(1)

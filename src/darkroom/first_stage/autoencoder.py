@@ -103,8 +103,12 @@ class Autoencoder(nn.Module):
 
     def decode_parts(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, E, h, w), of VQ quantised -> the mean (B, C, H, W), and (B, 1, H, W) or None: the grain that `decode`
-        adds to it. The grain's gradient ends at its own weights."""
+        adds to it."""
         return self.decoder.parts(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
+
+    def decoder_features(self, latent: Tensor) -> Tensor:
+        """(B, E, h, w), of VQ quantised -> (B, C, H, W), of which the last convolution makes the mean image."""
+        return self.decoder.features(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
 
     def forward(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Posterior]:
         """The reconstruction of `image` from one sample, and the posterior."""
@@ -217,11 +221,14 @@ class Decoder(nn.Module):
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean (B, C, H, W), and the grain (B, 1, H, W), of which the features before it learn nothing."""
+        features = self.features(z)
+        return self.conv_out(features), None if self.grain is None else self.grain(features.detach())
+
+    def features(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        features = norm_silu(self.norm_out, x)
-        return self.conv_out(features), None if self.grain is None else self.grain(features.detach())
+        return norm_silu(self.norm_out, x)
 
 
 class Level(nn.Module):

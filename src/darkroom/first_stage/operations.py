@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import Attention, Autoencoder, Bottleneck, Level, ResBlock
-from darkroom.first_stage.grain import BANDS, Grain, OutputGrain
+from darkroom.first_stage.grain import Grain, OutputGrain, with_squares
 from darkroom.first_stage.quantizer import Codebook
 
 
@@ -98,8 +98,16 @@ class AddGrain:
 
 
 @dataclass(frozen=True)
+class WithSquares:
+    """The squares of all channels behind them."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return with_squares(x)
+
+
+@dataclass(frozen=True)
 class AddOutputGrain:
-    """Of C + K channels the last K are the strength of the grain that is added to the others."""
+    """Of C + 1 channels the last is the variance of the grain that is added to the others."""
 
     grain: OutputGrain
 
@@ -107,8 +115,8 @@ class AddOutputGrain:
         return self.rows(x, 0)
 
     def rows(self, x: Tensor, start: int) -> Tensor:
-        """(B, C + K, n, W): the rows from `start` on -> (B, C, n, W)."""
-        return x[:, :-BANDS] + self.grain.of_strength(x[:, -BANDS:], start)
+        """(B, C + 1, n, W): the rows from `start` on -> (B, C, n, W)."""
+        return x[:, :-1] + self.grain.of_variance(x[:, -1:], start)
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,9 @@ class Quantise:
         return self.codebook.lookup(self.codebook.nearest(z)).to(z.dtype)
 
 
-Operation: TypeAlias = Convolution | Norm | Upsample | Remember | Add | Attend | AddGrain | AddOutputGrain | Quantise
+Operation: TypeAlias = (
+    Convolution | Norm | Upsample | Remember | Add | Attend | AddGrain | WithSquares | AddOutputGrain | Quantise
+)
 
 
 def encoder_operations(autoencoder: Autoencoder) -> list[Operation]:
@@ -158,7 +168,8 @@ def decoder_operations(autoencoder: Autoencoder, quantize: bool = True) -> list[
     operations.append(Norm(decoder.norm_out, silu=True))
     if decoder.grain is None:
         return [*operations, _same(decoder.conv_out)]
-    return [*operations, _same(_beside(decoder.conv_out, decoder.grain.strength)), AddOutputGrain(decoder.grain)]
+    both = _same(_beside(decoder.conv_out, decoder.grain.variance))
+    return [*operations, WithSquares(), both, AddOutputGrain(decoder.grain)]
 
 
 def run(operations: Iterable[Operation], x: Tensor) -> Tensor:
@@ -181,7 +192,9 @@ def shapes(operations: Sequence[Operation], channels: int, height: int, width: i
         if isinstance(operation, Convolution):
             channels, (height, width) = operation.conv.out_channels, operation.size(height, width)
         elif isinstance(operation, AddOutputGrain):
-            channels -= BANDS
+            channels -= 1
+        elif isinstance(operation, WithSquares):
+            channels *= 2
         elif isinstance(operation, Upsample):
             height, width = 2 * height, 2 * width
         yield channels, height, width
@@ -195,10 +208,13 @@ def _same(conv: nn.Conv2d) -> Convolution:
 
 
 def _beside(one: nn.Conv2d, other: nn.Conv2d) -> nn.Conv2d:
-    """One convolution that gives the channels of both, of 3x3 places and the same input."""
+    """One convolution that gives the channels of both, of 3x3 places. The one reads only the first channels of what
+    the other reads."""
     assert one.bias is not None and other.bias is not None
-    both = nn.Conv2d(one.in_channels, one.out_channels + other.out_channels, 3, padding=1, device="meta")
-    both.weight = nn.Parameter(torch.cat([one.weight, other.weight]), requires_grad=False)
+    both = nn.Conv2d(other.in_channels, one.out_channels + other.out_channels, 3, padding=1, device="meta")
+    rest = one.weight.new_zeros(one.out_channels, other.in_channels - one.in_channels, 3, 3)
+    weight = torch.cat([torch.cat([one.weight, rest], 1), other.weight])
+    both.weight = nn.Parameter(weight, requires_grad=False)
     both.bias = nn.Parameter(torch.cat([one.bias, other.bias]), requires_grad=False)
     return both
 

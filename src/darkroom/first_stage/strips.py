@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darkroom.first_stage.grain import BANDS, Grain
+from darkroom.first_stage.grain import Grain
 from darkroom.first_stage.maps import Shape, Source, StoredMap
 from darkroom.first_stage.operations import AddOutputGrain, Attend, Convolution
 from darkroom.first_stage.quantizer import precise
@@ -234,10 +234,29 @@ class Grained(Computed):
         return self.source.reads(start)
 
 
+class Squared(Computed):
+    """A map and, behind its channels, their squares."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(Shape(source.shape.height, source.shape.width, 2 * source.shape.channels))
+        self.source = source
+
+    def compute(self, start: int, stop: int) -> Tensor:
+        rows = self.source.rows(start, stop)
+        return torch.cat([rows, rows.square()], -1)
+
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.source.widest)
+
+    def reads(self, start: int) -> Iterator[tuple[StoredMap, int]]:
+        return self.source.reads(start)
+
+
 class OutputGrained(Computed):
     def __init__(self, source: Source, operation: AddOutputGrain) -> None:
         shape = source.shape
-        super().__init__(Shape(shape.height, shape.width, shape.channels - BANDS))
+        super().__init__(Shape(shape.height, shape.width, shape.channels - 1))
         self.source, self._operation = source, operation
 
     def compute(self, start: int, stop: int) -> Tensor:

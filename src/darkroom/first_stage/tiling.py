@@ -39,6 +39,7 @@ from darkroom.first_stage.operations import (
     Quantise,
     Remember,
     Upsample,
+    WithSquares,
     decoder_operations,
     encoder_operations,
     shapes,
@@ -51,6 +52,7 @@ from darkroom.first_stage.strips import (
     Grained,
     Normalised,
     OutputGrained,
+    Squared,
     Statistics,
     Sum,
     Upsampled,
@@ -212,6 +214,8 @@ class _Run:
                 self.current = Attended(current, operation)
             case AddGrain(grain):
                 self.current = Grained(current, grain)
+            case WithSquares():
+                self.current = Squared(current)
             case AddOutputGrain():
                 self.current = OutputGrained(current, operation)
             case Quantise():

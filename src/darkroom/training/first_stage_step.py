@@ -67,9 +67,6 @@ class FirstStageTrainConfig:
     perceptual: Perceptual = "auto"  # "auto": LPIPS ("vgg") where its files are present, else our own network
     perceptual_weight: float = 1.0
     texture_weight: float = 0.0  # of the distance between local textures: against the blur that squared errors reward
-    texture_exponent: float = (
-        1.0  # 1: roughness must be right in proportion, everywhere; 0: in sum (features/texture.py)
-    )
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # VQ: of the codebook loss
     codebook_beta: float = 0.25  # VQ: of the term that moves the codes, beside the commitment of the encoder
@@ -97,7 +94,6 @@ class FirstStageTrainConfig:
     crop_steps: int | None = None  # crop only before this train step; then whole images, so that norms meet what they
     # will meet in use. None: crop to the end
     train_encoder: bool = True  # False: only the decoder learns, so that latents and denoisers made with it stay valid
-    train_decoder: bool = True  # False, with train_encoder false as well: only the grain on its image (`output_grain`)
     decoder_noise: float = (
         0.0  # more noise on z (its standard deviation): the decoder then forgives a denoiser's errors
     )
@@ -123,22 +119,6 @@ def quieten_posterior(autoencoder: Autoencoder, std: float) -> None:
         last.bias[autoencoder.latent_channels :] = 2.0 * math.log(std)
 
 
-def _choose_decoder(autoencoder: Autoencoder, config: FirstStageTrainConfig) -> None:
-    """Which of the decoder's parameters learn."""
-    grain, teaches = autoencoder.decoder.grain, config.texture_weight > 0
-    if not config.train_decoder:
-        if config.train_encoder or grain is None or not teaches:
-            raise DarkroomError(
-                '"train_decoder" is false: then only grain on the image is left to learn, which needs '
-                '"train_encoder": false, "texture_weight" above 0 and a decoder that has it ("add_grain": output)'
-            )
-        for part in (autoencoder.decoder, autoencoder.post_quant_conv):
-            if part is not None:
-                part.requires_grad_(False)
-    if grain is not None:
-        grain.requires_grad_(teaches)  # nothing else teaches it
-
-
 class FirstStageStep:
     """Both phases and what they share. `modules` is what a checkpoint saves, `ema_modules` what is averaged."""
 
@@ -148,7 +128,8 @@ class FirstStageStep:
         for part in (autoencoder.encoder, autoencoder.quant_conv, autoencoder.codebook):
             if part is not None:
                 part.requires_grad_(config.train_encoder)
-        _choose_decoder(autoencoder, config)
+        if autoencoder.decoder.grain is not None:
+            autoencoder.decoder.grain.requires_grad_(False)  # it is measured when the training has ended
         self.perceptual = resolve_perceptual(config, autoencoder.config.out_channels)
         self.likelihood = Likelihood(config)
         self.pairs = Pairs()
@@ -169,7 +150,7 @@ class FirstStageStep:
             )
             self.modules["discriminator"] = self.discriminator
         distance = make_perceptual(self.perceptual)
-        texture = TextureDistance(config.texture_exponent) if config.texture_weight > 0 else None
+        texture = TextureDistance() if config.texture_weight > 0 else None
         frozen = Frozen(self.discriminator, distance, texture, self.code_use)
         first = AutoencoderPhase(autoencoder, self.likelihood, frozen, config, self.pairs)
         self.phases = [Phase("autoencoder", first, all_parameters([first]))]
@@ -310,24 +291,21 @@ class AutoencoderPhase(nn.Module):
             indices = codebook.nearest(z)
             quantised = codebook.lookup(indices)
             z = z if train_step < config.quantize_start else straight_through(z, quantised)
-        output, grain = self.autoencoder.decode_parts(z)
+        output, _ = self.autoencoder.decode_parts(z)
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
         leaf = precise(output.detach()).requires_grad_()
-        # Grain on the image learns from textures alone, and the image below it from all else but these.
-        shown = leaf if grain is None else leaf + precise(grain.detach())
         adversarial = distance = None
         if discriminator is not None and factor > 0:
             real = None
             if config.discriminator_loss == "relativistic":
                 with torch.no_grad():
                     real = precise(discriminator(image))
-            adversarial = adversarial_loss(precise(discriminator(shown)), real)
+            adversarial = adversarial_loss(precise(discriminator(leaf)), real)
         if perceptual is not None:
             distance = perceptual.to(image.device)(image, leaf)
         texture = None
         if self._frozen.texture is not None:
-            painted = leaf if grain is None else leaf.detach() + precise(grain)
-            texture = self._frozen.texture(precise(image), painted)
+            texture = self._frozen.texture(precise(image), leaf)
         with torch.autocast(image.device.type, enabled=False):
             error = reconstruction_error(precise(image), leaf, config.reconstruction, config.chroma_weight)
             metrics = {"reconstruction": error.detach().mean()}
@@ -336,8 +314,7 @@ class AutoencoderPhase(nn.Module):
                 error = error + config.perceptual_weight * precise(distance).view(-1, 1, 1, 1)
             if texture is not None:
                 metrics["texture"] = texture.detach().mean()
-                if grain is None:
-                    error = error + config.texture_weight * texture.view(-1, 1, 1, 1)
+                error = error + config.texture_weight * texture.view(-1, 1, 1, 1)
             log_variance = self.likelihood.log_variance
             # VQ: means over elements instead of sums, before the adaptive weight is taken.
             unit = 1.0 if codebook is None else 1.0 / image[0].numel()
@@ -351,10 +328,8 @@ class AutoencoderPhase(nn.Module):
                 total = total + weight * factor * adversarial.detach()
                 metrics |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
             if discriminator is not None and train_step >= discriminator_begins(config):
-                self.pairs.push(train_step, image, shown)
+                self.pairs.push(train_step, image, leaf)
             loss = _WithGradient.apply(output, gradient, total)
-            if grain is not None and texture is not None:
-                loss = loss + (config.texture_weight * unit * image[0].numel()) * texture.mean()
             metrics["nll"] = nll.detach()
             if codebook is None:
                 kl = posterior.kl().mean()

@@ -34,12 +34,15 @@ class FirstStageRecipe(LoopConfig):
     autoencoder: the network; its in_channels and out_channels follow from `data.channels`. null: that of `init_from`
     add_grain: give the decoder of `init_from` noise to draw texture from, if it has none: at each of its "levels"
         (`autoencoder.decoder_grain`) or on its "output" (`autoencoder.output_grain`)
+    grain_share: of the roughness that images of a decoder with `output_grain` lack, how much grain adds; it is measured
+        when the training has ended, and needs none (`steps: 0`). 1 is all of it, less costs less in squared error
     latents: how shift and scale are measured: one mean and standard deviation ("global"), one per latent channel
         ("channel"), or one standard deviation alone, shift 0 ("std", the paper's)
     """
 
     init_from: str | None = None
     add_grain: Literal["levels", "output"] | None = None
+    grain_share: float = 0.9
     latents: LatentStatistics = "global"
     autoencoder: AutoencoderConfig | None = field(default_factory=AutoencoderConfig)
     objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)

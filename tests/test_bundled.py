@@ -1,0 +1,63 @@
+"""The first stages that come with the package: sizes, licences, and how well they do on pictures they never saw."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import darkroom
+from darkroom.evaluation.metrics import gradient_energy, psnr
+from darkroom.first_stage.artefacts import flat_colour_test
+from darkroom.first_stage.first_stage import FirstStage
+from darkroom.model_folder import BUNDLED
+
+HELD_OUT = Path(__file__).parent / "features" / "held_out.tar"
+
+
+def held_out(kind: str) -> Tensor:
+    """(B, 3, 128, 128) in [-1, 1]: pictures of the validation parts."""
+    with tarfile.open(HELD_OUT) as tar:
+        files = [tar.extractfile(m) for m in tar if m.name.startswith(kind)]
+        images = [Image.open(io.BytesIO(f.read())).convert("RGB") for f in files if f is not None]
+    return torch.stack([torch.from_numpy(np.array(i)) for i in images]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "f", "channels", "clothing", "emoji", "flat"),
+    [("first-stage-f4", 4, 4, 25.0, 26.0, 26.0), ("first-stage-f8", 8, 8, 21.5, 22.0, 45.0)],
+)
+def test_the_bundled_first_stages_on_pictures_they_never_saw(
+    name: str, f: int, channels: int, clothing: float, emoji: float, flat: float
+) -> None:
+    first_stage = darkroom.load(name)
+    assert isinstance(first_stage, FirstStage)
+    assert (first_stage.downsampling, first_stage.latent_channels) == (f, channels)
+    for kind, least in (("clothing", clothing), ("emoji", emoji)):
+        images = held_out(kind)
+        with torch.no_grad():
+            latent = first_stage.encode(images).mode()
+            back = first_stage.decode(latent).clamp(-1, 1)
+        assert float(psnr(images, back).mean()) >= least
+        sharpness = float(gradient_energy(back).sum() / gradient_energy(images).sum())
+        assert 0.8 < sharpness < 1.15, kind
+        assert 0.7 < float(latent.std()) < 1.3  # the latents' scale is that of the model
+    assert flat_colour_test(first_stage).colour_error < flat  # of 255
+
+
+@pytest.mark.parametrize("name", ["first-stage-f4", "first-stage-f8"])
+def test_what_lies_beside_the_weights(name: str) -> None:
+    folder = BUNDLED / name
+    assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) <= 8 * 2**20
+    card = (folder / "README.md").read_text()
+    assert "gradient energy ratio, clothing-128-val" in card and "made by `darkroom train" in card
+    assert "CC0" in card and len(list(folder.glob("LICENSE-*"))) >= 4
+    assert all("train_step" in json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines())
+    assert "/" + "work" not in card + (folder / "config.yaml").read_text()
