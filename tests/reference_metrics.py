@@ -64,6 +64,7 @@ with _stand_in():
     fidelity_prc = import_module("torch_fidelity.metric_prc")
     fidelity_resize = import_module("torch_fidelity.interpolate_compat_tensorflow")
     clean = import_module("cleanfid.fid")
+    clean_inception = import_module("cleanfid.inception_torchscript")
     clean_resize = import_module("cleanfid.resize")
 
 # This one asks whether torchvision is there, and does without; torch-fidelity it finds as imported above.

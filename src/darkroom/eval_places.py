@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from PIL import Image
 
 from darkroom.conditioning.requests import encoders_of
-from darkroom.config import from_dict
+from darkroom.config import from_dict, understanding
 from darkroom.data.degradations import LowResolution
 from darkroom.data.derived import DerivedDataset
 from darkroom.data.locations import data_names, is_shapes, is_there, part_of
@@ -31,6 +31,7 @@ from darkroom.model_folder import bundled, find_source, is_diffusers_folder, is_
 from darkroom.pixel_format import PixelFormat
 
 Size = tuple[int, int]  # (width, height)
+T = TypeVar("T")
 
 
 def model_name(model: str | os.PathLike[str]) -> str:
@@ -121,28 +122,39 @@ def _counted(places: Sequence[str]) -> bool:
 
 
 def with_derived_fields(dataset: ImageDataset, model: LatentDiffusion) -> ImageDataset:
-    """The same images with what must be made of them for this model: smaller pictures, masks."""
+    """The same images with what must be made of them for this model: smaller or blurred pictures, masks. By the rule
+    of its training, where the model states it."""
     made: dict[str, Any] = {}
     for encoder in encoders_of(model.conditioner):
         if "low_resolution" in encoder.fields and "low_resolution" not in dataset.fields:
             made["low_resolution"] = trained_degradation(model, getattr(encoder, "config", None))
         if "repaint_mask" in encoder.fields and "repaint_mask" not in dataset.fields:
-            made["repaint_mask"] = RandomMask()
+            made["repaint_mask"] = _trained_rule(model, "repaint_mask", RandomMask) or RandomMask()
     return DerivedDataset(dataset, replace(dataset.config, **made)) if made else dataset
 
 
 def trained_degradation(model: LatentDiffusion, config: Any) -> LowResolution:
     """How the small pictures that a model was trained with were made; of one that does not say so, plain bicubic."""
     factor = getattr(config, "factor", None)
-    recorded = (model.info.get("data") or {}).get("low_resolution")
-    if isinstance(recorded, dict) and recorded.get("factor") == factor:
-        return from_dict(LowResolution, recorded)
+    recorded = _trained_rule(model, "low_resolution", LowResolution)
+    if recorded is not None and recorded.factor == factor:
+        return recorded
     if factor is None or factor < 2:
         raise DarkroomError(
-            "the model sharpens blurred pictures, and the data has none: evaluate it on data with pictures of low "
-            "resolution"
+            "the model sharpens blurred pictures and does not say how blurred: evaluate it on data with pictures of "
+            "low resolution"
         )
     return LowResolution(factor=factor)
+
+
+def _trained_rule(model: LatentDiffusion, field: str, kind: type[T]) -> T | None:
+    """How a field was made of the images in training; None where the model does not say."""
+    data = model.info.get("data")
+    rule = data.get(field) if isinstance(data, Mapping) else None
+    if not isinstance(rule, Mapping):
+        return None
+    with understanding(f"the model's record of its data ({field})", "a rule"):
+        return from_dict(kind, rule, f"data.{field}")
 
 
 def stored_size(place: str) -> Size:

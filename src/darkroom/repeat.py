@@ -21,7 +21,10 @@ def repeat_request(record: Record, places: Sequence[str] = (), training: Sequenc
         raise DarkroomError(
             "this record does not say how it was asked for; measure again with darkroom eval MODEL DATA"
         )
-    request = from_dict(EvalRequest, record.request, "request")
+    try:
+        request = from_dict(EvalRequest, record.request, "request")
+    except DarkroomError as error:
+        raise DarkroomError(f"what the record says of how it was asked for cannot be: {error}") from error
     if not request.data and not places:
         raise DarkroomError(
             "this record was made while a model was trained: say where model and data lie, darkroom eval MODEL DATA "
@@ -57,6 +60,7 @@ def repeated_lines(before: Record, after: Record) -> tuple[bool, list[str]]:
     facts = [
         ("model", before.sampling.digest, after.sampling.digest),
         ("reference images", before.reference.digest, after.reference.digest),
+        ("conditions", before.sampling.conditions_digest, after.sampling.conditions_digest),
         *((name, old_value, settings_of(after)[name]) for name, old_value in settings_of(before).items()),
     ]
     reasons = [f"{name} ({str(a)[:24]}, now {str(b)[:24]})" for name, a, b in facts if a != b]

@@ -89,6 +89,18 @@ class EvalRequest:
     device: str = "auto"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        least = {"count": 1, "seed": 0, "steps": 1, "batch_size": 1, "pair_images": 2, "bound_levels": 2,
+                 "sweep_count": 2, "threads": 1}  # fmt: skip
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise DarkroomError(f"{name} is {value}; give {smallest} or more")
+        if any(steps < 1 for steps in self.sweep_steps) or min(self.size or (1, 1)) < 1:
+            raise DarkroomError(f"sweep_steps {self.sweep_steps}, size {self.size}: give numbers above 0")
+        if self.metrics == []:
+            raise DarkroomError(f"no metrics are named; there are {', '.join(METRICS)}")
+
     @property
     def settings(self) -> GenerationSettings:
         return GenerationSettings(self.seed, self.steps, self.guidance_scale, self.solver, self.eta, self.size)

@@ -204,6 +204,7 @@ def _sampling(job: Evaluation) -> Sampling:
         nfe=int(files.some(NFE, 1)[0]),
         conditions=list(source.fields),
         conditions_digest=files.digest("conditions"),
+        made=job.dataset.made,
         class_balance=_balance(files, job.dataset.class_names),
     )
 

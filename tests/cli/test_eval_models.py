@@ -229,6 +229,7 @@ def test_bad_input_is_one_line_and_loses_nothing(run: Run, refused: Refused, mod
     assert "first stage only" in refused("eval", models / "fs", "clothes")
     assert "--sweep-steps 5,x" in refused("eval", model, "clothes", "--sweep-steps", "5,x")
     assert "two different things" in refused("eval", "--compare", "--ab", "a", "b")
+    assert "no metrics are named" in refused("eval", model, "clothes", "--metrics", ",")
     raw = json.loads(before) | {"record_version": 99}
     (pictures / "future.json").write_text(json.dumps(raw))
     assert "version 99" in refused("eval", "--compare", "scores", "future.json")
@@ -238,6 +239,48 @@ def test_bad_input_is_one_line_and_loses_nothing(run: Run, refused: Refused, mod
     (pictures / "run").mkdir()
     (pictures / "run" / "config.yaml").write_text("")
     assert "holds a run" in refused("eval", model, "clothes", "-o", "run")
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "words"),
+    [
+        ("--repeat", ("a.json", "--steps", 3), "--steps means nothing with --repeat; the record says how"),
+        ("--compare", ("--count", 3), "--count means nothing with --compare; leave it out"),
+        ("--ab", ("--metrics", "fd"), "--metrics means nothing with --ab;"),
+        ("--first-stage", ("a", "--steps", 3), "--steps means nothing with --first-stage;"),
+        ("--ab-results", ("--seed", 0), "--seed means nothing with --ab-results;"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(
+    refused: Refused, mode: str, options: tuple[object, ...], words: str
+) -> None:
+    assert words in refused("eval", mode, *options, "x", "y")
+
+
+def test_a_record_that_was_changed_by_hand(run: Run, refused: Refused, models: Path, pictures: Path) -> None:
+    assert run("eval", models / "class", "clothes", "--steps", 1, "--metrics", "fd", "-o", "a")[0] == 0
+    raw = json.loads((pictures / "a" / "scores.json").read_text())
+    for change, words in (
+        ({"count": -5}, "count is -5; give 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"size": [16, 0]}, "numbers above 0"),
+        ({"sweep_steps": [0]}, "numbers above 0"),
+        ({"count": "many"}, "request.count"),
+        ({"metrics": ["fdi"]}, 'metric "fdi" is not known'),
+        ({"weights": "best"}, "best"),
+        ({"device": "gpu7"}, "gpu7"),
+        ({"model": 7}, "request.model"),
+    ):
+        (pictures / "changed.json").write_text(json.dumps(raw | {"request": raw["request"] | change}))
+        assert words in refused("eval", "--repeat", "changed.json"), change
+    for key, value, words in (("scores", "none", "scores"), ("reference", None, "reference"), ("kind", 1, "no record")):
+        (pictures / "changed.json").write_text(json.dumps(raw | {key: value}))
+        assert words in refused("eval", "--compare", "a", "changed.json"), key
+    text = (pictures / "a" / "scores.json").read_text()
+    for broken in (text[:200], "", "[1, 2]", text.replace('"value": ', '"value": "x", "v": ', 1)):
+        (pictures / "changed.json").write_text(broken)
+        assert "changed.json" in refused("eval", "--compare", "a", "changed.json")
 
 
 def _misspelt(folder: Path, raw: dict[str, Any]) -> Path:

@@ -163,9 +163,10 @@ def test_inception_score_of_known_probabilities() -> None:
 
 @pytest.fixture(params=[None, 600])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything at once, and a few rows at a time."""
+    """Everything at once, and a few rows and columns at a time."""
     if request.param is not None:
-        monkeypatch.setattr(distances, "BLOCK", request.param)
+        for name, value in (("BLOCK", request.param), ("LEAST", 1), ("COLUMNS", 37)):
+            monkeypatch.setattr(distances, name, value)
 
 
 @pytest.mark.usefixtures("block")

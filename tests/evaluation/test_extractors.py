@@ -8,6 +8,7 @@ import pytest
 import reference_metrics as reference
 import torch
 from feature_weights import pictures, randomise
+from torch import Tensor, nn
 
 from darkroom.errors import DarkroomError
 from darkroom.evaluation.extractors import EXTRACTORS, open_extractor
@@ -15,6 +16,7 @@ from darkroom.features import inception
 from darkroom.features.clip_image import CLIP_IMAGE_SIZES, CLIPImage, CLIPImageConfig
 from darkroom.features.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config
 from darkroom.features.perceptual import load_perceptual
+from darkroom.features.weight_files import fill, read_weights
 from darkroom.safe_files import sha256_of
 
 
@@ -69,6 +71,51 @@ def test_inception_by_both_protocols(inception_weights: Path, monkeypatch: pytes
     embedding, _ = clean(images)
     assert float((embedding - expected).norm() / expected.norm()) < 1e-5
     assert clean.fd_name == f"FD-inception-{digest[:8]}-clean" and clean.resize != extractor.resize
+
+
+class Layers(nn.Module):
+    """The network as clean-fid asks for it: normalised pixels -> (B, 2048, 1, 1)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedding: Tensor = self.network(x).embedding
+        return embedding[:, :, None, None]
+
+
+class Program(nn.Module):
+    """What clean-fid loads: a program with the network in `layers`."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_clean_fid_around_a_program_of_the_same_graph(
+    inception_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """clean-fid's own loading, resize and normalisation, with the network as TorchScript in its file's place."""
+    network = inception.Inception()  # its norms unfolded
+    fill(network, read_weights(inception_weights), inception_weights)
+    layers = torch.jit.trace(Layers(network), torch.zeros(1, 3, inception.SIDE, inception.SIDE))
+    torch.jit.script(Program(layers)).save(tmp_path / "inception-2015-12-05.pt")
+    theirs = reference.clean_inception.InceptionV3W(str(tmp_path), download=False, resize_inside=False)
+    images = pictures(2, 48, seed=3)
+    images[1] = images[1] // 8 + torch.arange(48, dtype=torch.uint8)[:, None] * 4  # a ramp, nearly without noise
+    resize = reference.clean_resize.build_resizer("clean")
+    pixels = torch.stack([torch.from_numpy(resize(picture)) for picture in images.numpy()]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = theirs(pixels)
+    monkeypatch.setenv("DARKROOM_WEIGHTS", str(inception_weights.parent))
+    embedding, _ = open_extractor("inception-clean")(images)
+    assert expected.shape == embedding.shape and float(expected.std(0).mean()) > 1e-3  # pictures are told apart
+    assert float((embedding - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_the_published_inception_alone_is_fid(inception_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

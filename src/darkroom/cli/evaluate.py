@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from darkroom.errors import DarkroomError
 
@@ -20,6 +21,15 @@ SAME_NAMES = (
     *("count", "seed", "steps", "solver", "eta", "weights", "extractor", "batch_size"),
     *("sweep_count", "save_images", "device", "threads"),
 )
+ON = ("count", "size", "output", "batch_size", "device", "threads")
+# By mode: the options that mean something there. Without one all do, but --anyway.
+TAKEN: dict[str, tuple[str, ...]] = {
+    "--first-stage": ON,
+    "--compare": ("anyway",),
+    "--repeat": ("train", "output"),
+    "--ab": (*ON, "seed", "steps", "cfg_scale", "solver", "eta", "weights"),
+    "--ab-results": (),
+}
 
 
 @click.command(name="eval", short_help="Score a model, a folder of samples, or a first stage.")
@@ -87,8 +97,7 @@ def evaluate(places: tuple[str, ...], first_stage: str | None, compare: bool, re
              "--ab": ab, "--ab-results": ab_results}  # fmt: skip
     if len(chosen := [name for name, given in modes.items() if given]) > 1:
         raise DarkroomError(f"{chosen[0]} and {chosen[1]} are two different things; give one of them")
-    if options["anyway"] and not compare:
-        raise DarkroomError("--anyway is about --compare; leave it out")
+    check_options(click.get_current_context(), chosen[0] if chosen else "")
     if repeat is not None:
         return _repeat(repeat, places, options)
     if first_stage is not None:
@@ -102,6 +111,20 @@ def evaluate(places: tuple[str, ...], first_stage: str | None, compare: bool, re
     else:
         _model(places, options)
     return None
+
+
+def check_options(context: click.Context, mode: str) -> None:
+    """Refuse what would be passed over in silence: options that were typed and mean nothing in this mode."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        own = name == "places" or parameter.opts[0] == mode
+        if not typed or own or (name != "anyway" if not mode else name in TAKEN[mode]):
+            continue
+        if not mode:
+            raise DarkroomError("--anyway is about --compare; leave it out")
+        why = "; the record says how it was measured" if mode == "--repeat" else ""
+        raise DarkroomError(f"{parameter.opts[0]} means nothing with {mode}{why}; leave it out")
 
 
 # --- models and images ------------------------------------------------------------------------------------------------

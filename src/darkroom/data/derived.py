@@ -41,6 +41,10 @@ class DerivedDataset(ImageDataset):
         return self.dataset.map_names
 
     @property
+    def made(self) -> dict[str, Any]:
+        return {name: to_dict(getattr(self.config, name)) for name in self._made}
+
+    @property
     def mask_rule(self) -> RandomMask | None:
         return self.config.repaint_mask if "repaint_mask" in self._made else None
 
@@ -82,5 +86,4 @@ class DerivedDataset(ImageDataset):
         return self.dataset.captions()
 
     def describe(self) -> dict[str, Any]:
-        made = {} if "low_resolution" not in self._made else {"low_resolution": to_dict(self.config.low_resolution)}
-        return self.dataset.describe() | {"fields": list(self.fields)} | made
+        return self.dataset.describe() | {"fields": list(self.fields)} | self.made

@@ -161,6 +161,11 @@ class ImageDataset(ABC):
         return False
 
     @property
+    def made(self) -> dict[str, Any]:
+        """By field that is made of the image or drawn beside it: the rule, in plain values."""
+        return {}
+
+    @property
     def low_resolution_factor(self) -> int | None:
         """How many times larger than `low_resolution` the image is; None without that field."""
         return None if self.config.low_resolution is None else self.config.low_resolution.factor

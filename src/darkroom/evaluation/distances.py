@@ -4,7 +4,7 @@ All sums are float64, whatever the features are. Nothing here knows a network, a
 
 Memory: `frechet` needs the moments alone, which are streamed (`metrics.Moments`: D^2 numbers). The others look at
 pairs, so that their features must be kept: N * D * 4 bytes in float32, 410 MB for 50 000 pictures and the 2048 features
-of Inception; of the N^2 pairs about `BLOCK` exist at a time. `NeighbourSearch` keeps one side alone.
+of Inception; of the N^2 pairs those of some rows exist at a time. `NeighbourSearch` keeps one side alone.
 
 Shapes: N real samples, M generated samples, D width of the features, K classes, k neighbours.
 """
@@ -21,7 +21,9 @@ from darkroom.evaluation.metrics import Moments, frechet_distance
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, in every library that has it
 SPLITS = 10  # of the Inception score (Salimans et al. 2016)
-BLOCK = 1 << 20  # numbers in a block of distances: 8 MB
+BLOCK = 1 << 18  # numbers in a block of distances: 2 MB
+LEAST = 64  # rows of a block, however long they are: reading the other set again for each row would take longer
+COLUMNS = 256  # of a block are made at a time
 # Distances of float64 products are exact to about 1e-16 of the lengths of the vectors. What lies nearer is a copy, and
 # what differs by less than a TIE is as far: whether a sample lies on the edge of another one's ball is not luck.
 COPY, TIE = 1e-13, 1e-9
@@ -85,17 +87,17 @@ def unbiased_mmd(x: Tensor, y: Tensor) -> float:
 
     sum_{i != j} k(x_i, x_j) / m(m-1) + sum_{i != j} k(y_i, y_j) / n(n-1) - 2 sum_{ij} k(x_i, y_j) / mn
     """
-    x, y = x.double(), y.double()
     within = 0.0
     for samples in (x, y):
         kernel = cubic_kernel(samples, samples)
         within += float(kernel.sum() - kernel.diagonal().sum()) / (len(samples) * (len(samples) - 1))
+        del kernel  # before the next one is made
     return within - 2.0 * float(cubic_kernel(x, y).mean())
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(m, D), (n, D) -> (m, n): (x.y / D + 1)^3."""
-    return (x @ y.T / x.shape[1] + 1.0) ** 3
+    """(m, D), (n, D) -> (m, n) float64: (x.y / D + 1)^3. In place: one matrix of that size exists, not four."""
+    return (x.double() @ y.double().T).div_(x.shape[1]).add_(1.0).pow_(3)
 
 
 def _subset(x: Tensor, size: int, draw: torch.Generator) -> Tensor:
@@ -235,16 +237,22 @@ def nearest_neighbours(queries: Tensor, samples: Tensor, k: int = 1) -> Neighbou
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(m, D), (n, D) -> (m, n) float64: |x|^2 + |y|^2 - 2 x.y, and 0 for copies."""
-    x, y = x.double(), y.double()
-    lengths = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
-    squared = torch.addmm(lengths, x, y.T, alpha=-2.0)
-    return squared.masked_fill_(squared <= COPY * lengths, 0.0)
+    """(m, D), (n, D) -> (m, n) float64: |x|^2 + |y|^2 - 2 x.y, and 0 for copies. Only so many of y are float64 at a
+    time that little exists beside the result."""
+    x = x.double()
+    own = x.square().sum(1)[:, None]
+    result = torch.empty(len(x), len(y), dtype=torch.float64, device=x.device)
+    for part, block in zip(result.split(COLUMNS, 1), y.split(COLUMNS), strict=True):
+        block = block.double()
+        lengths = own + block.square().sum(1)[None, :]
+        part.copy_(torch.addmm(lengths, x, block.T, alpha=-2.0))
+        part.masked_fill_(part <= lengths.mul_(COPY), 0.0)
+    return result
 
 
 def _rows(columns: int) -> int:
     """So many rows of that many columns make a block."""
-    return max(1, BLOCK // max(1, columns))
+    return max(LEAST, BLOCK // max(1, columns))
 
 
 def _check_features(one: Tensor, other: Tensor) -> None:

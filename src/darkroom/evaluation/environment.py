@@ -28,6 +28,16 @@ def hardware(device: torch.device) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def precision_words(device: torch.device, precision: torch.dtype) -> str:
+    """ "float32", and whether a GPU rounds what goes into products and convolutions of it, which moves scores."""
+    words = str(precision).removeprefix("torch.")
+    if device.type != "cuda" or precision != torch.float32:
+        return words
+    rounded = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
+    which = " and ".join(name for name, so in rounded.items() if so)
+    return f"{words}, {which} in TF32" if which else words
+
+
 def environment(device: torch.device, batch_size: int, precision: torch.dtype = torch.float32) -> Environment:
     """Versions and hardware of this process."""
     return Environment(
@@ -39,5 +49,5 @@ def environment(device: torch.device, batch_size: int, precision: torch.dtype = 
         device=str(device),
         threads=torch.get_num_threads(),
         batch_size=batch_size,
-        precision=str(precision).removeprefix("torch."),
+        precision=precision_words(device, precision),
     )

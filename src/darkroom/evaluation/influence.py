@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # rows of a kernel matrix in memory
+from darkroom.evaluation.distances import cubic_kernel
+
+BLOCK = 256  # rows in memory as float64, and of a kernel matrix
 
 
 def frechet_influence(
@@ -45,15 +47,11 @@ def kernel_influence(x: Tensor, y: Tensor) -> Tensor:
     """(N, D) scored and (M, D) reference embeddings -> (N,): 2 (mean over the other x of k(x_i, .) - mean over y), with
     the cubic kernel of the kernel distance; the first-order projection of its U-statistic (Binkowski et al. 2018)."""
     count, width = len(x), x.shape[1]
-
-    def kernel(rows: Tensor, columns: Tensor) -> Tensor:
-        return (rows.double() @ columns.double().T / width + 1) ** 3
-
     result = []
     for part in x.split(BLOCK):
         own = (part.double().square().sum(1) / width + 1) ** 3
-        inside = sum((kernel(part, block).sum(1) for block in x.split(BLOCK)), torch.zeros(len(part))) - own
-        across = sum((kernel(part, block).sum(1) for block in y.split(BLOCK)), torch.zeros(len(part)))
+        inside = sum((cubic_kernel(part, block).sum(1) for block in x.split(BLOCK)), torch.zeros(len(part))) - own
+        across = sum((cubic_kernel(part, block).sum(1) for block in y.split(BLOCK)), torch.zeros(len(part)))
         result.append(2 * (inside / max(1, count - 1) - across / len(y)))
     return torch.cat(result)
 

@@ -167,7 +167,7 @@ def kernel_score(samples: Seen, reference: Seen) -> Score:
         value=value,
         options=options,
         extraction=extraction(samples.extractor),
-        deviations=deviations(kernel_influence(x, y), samples.count),
+        deviations=deviations(kernel_influence(x, y)),
     )
 
 
@@ -179,18 +179,18 @@ def inception(samples: Seen) -> Score:
         value=inception_score(p, splits=splits).mean,
         options={"splits": splits, "images": len(p)},
         extraction=extraction(samples.extractor),
-        deviations=deviations(inception_score_influence(p), samples.count),
+        deviations=deviations(inception_score_influence(p)),
     )
 
 
-def _shares(metric: str, hits: Tensor, count: int, options: Mapping[str, Any], seen: Seen, resampled: str) -> Score:
-    """The mean of a number of each image, of an even choice of `count` images."""
+def _shares(metric: str, hits: Tensor, options: Mapping[str, Any], seen: Seen, resampled: str) -> Score:
+    """The mean of a number of each image, of those that were looked at: the interval is that of so many."""
     return Score(
         metric=f"{metric}{suffix(seen.extractor)}",
         value=float(hits.double().mean()),
         options=dict(options),
         extraction=extraction(seen.extractor),
-        deviations=deviations(_thin(hits), count),
+        deviations=deviations(_thin(hits), len(hits)),
         resampled=resampled,
     )
 
@@ -204,8 +204,8 @@ def precision_and_recall(samples: Seen, reference: Seen) -> list[Score]:
     precision = inside(x, y, neighbour_radii(y, k))
     recall = inside(y, x, neighbour_radii(x, k))
     return [
-        _shares("precision", precision, samples.count, options, samples, "images"),
-        _shares("recall", recall, reference.count, options, samples, "reference"),
+        _shares("precision", precision, options, samples, "images"),
+        _shares("recall", recall, options, samples, "reference"),
     ]
 
 
@@ -217,8 +217,8 @@ def density_and_coverage(samples: Seen, reference: Seen) -> list[Score]:
     options = {"neighbours": k, "images": len(x), "reference_images": len(y)}
     balls, covered = density_hits(y, x, k)
     return [
-        _shares("density", balls, samples.count, options, samples, "images"),
-        _shares("coverage", covered, reference.count, options, samples, "reference"),
+        _shares("density", balls, options, samples, "images"),
+        _shares("coverage", covered, options, samples, "reference"),
     ]
 
 
@@ -229,12 +229,14 @@ def mean_scores(files: FeatureFiles, names: Sequence[str], network: dict[str, Ex
         values = files.value(name).double()
         known = values[values.isfinite()]
         if len(known):
+            left = len(values) - len(known)
             result.append(
                 Score(
                     name,
                     float(known.mean()),
                     extraction=(network or {}).get(name),
                     deviations=deviations(_thin(known), len(known)),
+                    note=f"{left} of {len(values)} images have no finite value and are left out" if left else "",
                 )
             )
     return result
@@ -247,18 +249,26 @@ def _thin(values: Tensor) -> Tensor:
 
 def class_accuracy(samples: Seen, reference: Seen, training: Seen | None, class_names: Sequence[str]) -> list[Score]:
     """How often a classifier fitted on real images recognises the class that was asked for; beside it, how often that
-    of the held-out real images. Without training images it is fitted on the reference itself."""
+    of the held-out real images. Without training images it is fitted on the reference itself. No scores where no image
+    has a class."""
     fitted = training or reference
     classifier = LinearDiscriminant(samples.extractor.width, len(class_names))
     for part in fitted.files.parts([EMBEDDING, LABEL]):
         classifier.update(part[EMBEDDING], part[LABEL])
+    if not float(classifier.counts.sum()):
+        return []
     classifier.fit()
     on = "training" if training else "reference"
     options = {"classifier": "linear discriminant", "fitted_on": on, "fitted_images": fitted.count}
-    found = [_shares("class accuracy", _class_hits(classifier, samples), samples.count, options, samples, "images")]
-    real = _shares("class accuracy of real images", _class_hits(classifier, reference), reference.count, options,
-                   reference, "images")  # fmt: skip
-    return [*found, real if training else replace(real, note="of the very images that the classifier was fitted on")]
+    own, real = _class_hits(classifier, samples), _class_hits(classifier, reference)
+    found = []
+    if len(own):
+        found.append(_shares("class accuracy", own, options, samples, "images"))
+    if len(real):
+        score = _shares("class accuracy of real images", real, options, reference, "reference")
+        note = "" if training else "of the very images that the classifier was fitted on"
+        found.append(replace(score, note=note))
+    return found
 
 
 def _class_hits(classifier: LinearDiscriminant, seen: Seen) -> Tensor:
@@ -300,4 +310,4 @@ def memorised(samples: Seen, nearest: NearestTraining) -> Score | None:
         return None
     hits = nearest.found.distance[:, 0] < nearest.near
     options = {"held_out_share": NEAR, "images": len(hits)}
-    return _shares("near training images", hits, samples.count, options, samples, "images")
+    return _shares("near training images", hits, options, samples, "images")

@@ -76,6 +76,7 @@ class Sampling:
     seed: of the first image; image k has seed + k
     conditions: the fields that each image was given, of the reference example with its number, and
     conditions_digest: SHA-256 of them
+    made: by field that was made of the reference images for the model (smaller pictures, masks): the rule
     class_balance: how many images of each class were asked for; empty without classes
     """
 
@@ -93,6 +94,7 @@ class Sampling:
     nfe: int | None = None
     conditions: list[str] = field(default_factory=list)
     conditions_digest: str = ""
+    made: dict[str, Any] = field(default_factory=dict)
     class_balance: dict[str, int] = field(default_factory=dict)
 
 
@@ -184,8 +186,11 @@ def read_record(path: Path | str) -> Record:
             f"{path}: is a record of version {version}, this Darkroom makes and reads version {RECORD_VERSION}: its "
             "numbers are made by another protocol; measure again"
         )
-    with understanding(path, "a record of scores"):
-        return from_dict(Record, raw)
+    try:
+        with understanding(path, "a record of scores"):
+            return from_dict(Record, raw)
+    except DarkroomError as error:
+        raise DarkroomError(f"{path}: {str(error).removeprefix(f'{path} ')}") from error
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -205,6 +210,8 @@ def protocol_of(record: Record, score: Score) -> dict[str, Any]:
     }
     if sampling.conditions_digest:
         found["conditions"] = f"{', '.join(sampling.conditions)} {sampling.conditions_digest[:16]}"
+    for name, rule in sampling.made.items():
+        found[f"{name} made with"] = ", ".join(f"{key} {value}" for key, value in rule.items())
     if score.extraction is not None:
         found |= {
             "extractor": score.extraction.name,
