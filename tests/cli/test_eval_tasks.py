@@ -51,7 +51,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(run: Run, model: Path, output: str, *more: object) -> Record:
-    status, _, error = run("eval", model, "shapes", "--count", 5, "--steps", 1, "-o", output, *more)
+    status, _, error = run("eval", model, "shapes@12", "--count", 5, "--steps", 1, "-o", output, *more)
     assert status == 0, error
     return read_record(output)
 
@@ -84,7 +84,7 @@ def test_other_degradations_are_another_protocol(run: Run, refused: Refused, tol
     error = refused("eval", "--compare", "a", "b")
     assert "low_resolution made with: factor 4, blur 0.0, pipeline bicubic against factor 4, blur 0.5" in error
     # The same record with the model in another place that was told other pictures: why the numbers moved.
-    status, out, _ = run("eval", "--repeat", "a", told / "blurred", "shapes", "-o", "again")
+    status, out, _ = run("eval", "--repeat", "a", told / "blurred", "shapes@12", "-o", "again")
     assert status == 1 and "what differs: model" not in out and "conditions (" in out
 
 

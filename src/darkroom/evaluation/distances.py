@@ -87,17 +87,22 @@ def unbiased_mmd(x: Tensor, y: Tensor) -> float:
 
     sum_{i != j} k(x_i, x_j) / m(m-1) + sum_{i != j} k(y_i, y_j) / n(n-1) - 2 sum_{ij} k(x_i, y_j) / mn
     """
+    x, y = x.double(), y.double()
     within = 0.0
     for samples in (x, y):
-        kernel = cubic_kernel(samples, samples)
-        within += float(kernel.sum() - kernel.diagonal().sum()) / (len(samples) * (len(samples) - 1))
-        del kernel  # before the next one is made
-    return within - 2.0 * float(cubic_kernel(x, y).mean())
+        own = (samples.square().sum(1) / samples.shape[1] + 1.0) ** 3  # each with itself: left out
+        within += (_kernel_sum(samples, samples) - float(own.sum())) / (len(samples) * (len(samples) - 1))
+    return within - 2.0 * _kernel_sum(x, y) / (len(x) * len(y))
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(m, D), (n, D) -> (m, n) float64: (x.y / D + 1)^3. In place: one matrix of that size exists, not four."""
+    """(m, D), (n, D) -> (m, n) float64: (x.y / D + 1)^3, of which only one such matrix is made."""
     return (x.double() @ y.double().T).div_(x.shape[1]).add_(1.0).pow_(3)
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> float:
+    """(m, D), (n, D) -> the sum of k(x_i, y_j) over all pairs, some rows at a time."""
+    return float(sum(cubic_kernel(rows, y).sum() for rows in x.split(_rows(len(y)))))
 
 
 def _subset(x: Tensor, size: int, draw: torch.Generator) -> Tensor:
