@@ -86,6 +86,7 @@ COMPOSE = (
     "whole_models",
     "exchange",
     "upscaling",
+    "editing",
     "plan",
     "recipe_source",
     "perceptual_job",

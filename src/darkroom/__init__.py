@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from darkroom.conditioning.types import Conditioning as Conditioning
     from darkroom.denoiser import Denoiser as Denoiser
     from darkroom.diffusion.levels import NoiseLevel as NoiseLevel
+    from darkroom.editing import edit as edit
     from darkroom.errors import DarkroomError as DarkroomError
     from darkroom.exchange import convert as convert
     from darkroom.exchange import export as export
@@ -50,6 +51,7 @@ _HOME = {
     "Result": "darkroom.latent_diffusion",
     "bundled": "darkroom.model_io",
     "convert": "darkroom.exchange",
+    "edit": "darkroom.editing",
     "export": "darkroom.exchange",
     "load": "darkroom.model_io",
     "measure": "darkroom.remeasure",

@@ -249,6 +249,8 @@ def _repeat(given: Given, source: Path) -> None:
         raise DarkroomError(
             f"{source} was made by `darkroom upscale`; repeat that command on the picture it was made of"
         )
+    if "edit" in record:
+        raise DarkroomError(f"{source} was made by `darkroom edit`; repeat that command on the picture it was made of")
     index = record.get("index")
     target = Target.choose(given.output, given.grid or index is None)
     preview = _preview_file(given.preview)
@@ -307,9 +309,9 @@ def _recorded_model(image: Path, recorded: dict[str, Any], flag: str = "-m") -> 
     )
 
 
-def _shareable(model: str | None) -> str:
+def shareable(model: str | None, default: str = DEFAULT_MODEL) -> str:
     """What an image may say about where its model lies: images are posted, so no absolute path goes into them."""
-    return "" if model is not None and (Path(model).is_absolute() or model.startswith("~")) else model or DEFAULT_MODEL
+    return "" if model is not None and (Path(model).is_absolute() or model.startswith("~")) else model or default
 
 
 def _load(given: Given, name: str | None = None) -> LatentDiffusion:
@@ -443,7 +445,7 @@ def _make(
     request = model.validate(request)
     assert request.batch_size and request.steps
     guide = None if given.guide is None else _load(given, given.guide)
-    sources = {"model": _shareable(given.model), "guide": _shareable(given.guide) if given.guide else ""}
+    sources = {"model": shareable(given.model), "guide": shareable(given.guide) if given.guide else ""}
     count, start = len(request.seeds), target.numbering()
     grid: list[tuple[np.ndarray, dict[str, Any]]] = []
     pixels = model.pixels
@@ -464,7 +466,7 @@ def _make(
                 for name, source in sources.items():
                     if source:
                         settings[name]["source"] = source
-                note_places(settings["model"], model, _shareable)
+                note_places(settings["model"], model, shareable)
                 if target.grid:
                     grid.append((image, settings))
                 elif only is None or only == i:

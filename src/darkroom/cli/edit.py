@@ -1,0 +1,257 @@
+"""`darkroom edit`: photos in, photos with a part of them repainted out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from darkroom.cli.generate import SeedsCommand, check_writable, parse_seeds, shareable
+from darkroom.errors import DarkroomError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from darkroom.data.photographs import Photograph
+    from darkroom.editing import Edited, Editor, EditSettings
+
+DEFAULT_MODEL = "clothing-inpaint"
+ADDED = "-edited"  # to a name without --output
+MASK = "_mask"  # at the end of the name of a mask in a folder
+MAX_EXPAND = 16_384
+
+
+def parse_expand(text: str | None) -> tuple[int, int, int, int]:
+    """ "64" -> (64, 64, 64, 64); "0,32,0,32": left, top, right, bottom."""
+    words = ["0"] if text is None else text.split(",")
+    words = words * 4 if len(words) == 1 else words
+    if len(words) != 4 or not all(w.strip().isdecimal() and int(w) <= MAX_EXPAND for w in words):
+        raise DarkroomError(
+            f"--expand {text}: give the pixels to add, one number for all sides, or left,top,right,bottom such as "
+            "64,0,64,0"
+        )
+    left, top, right, bottom = map(int, words)
+    return left, top, right, bottom
+
+
+@click.command(cls=SeedsCommand, short_help="Repaint a part of a photo, enlarge its canvas, vary it.")
+@click.argument("photo", type=click.Path(path_type=Path), metavar="PHOTO|FOLDER")
+@click.argument("prompt", required=False)
+@click.option("--mask", type=click.Path(path_type=Path), metavar="FILE", help="White is repainted, black is kept.")
+@click.option("--expand", metavar="PIXELS", help="Add a border: 64, or left,top,right,bottom.")
+@click.option("--strength", type=float, help="How much is changed, above 0 to 1. [default: 1; 0.6 without a mask]")
+@click.option("--class", "class_label", metavar="NAME", help="What to paint, for models of classes.")
+@click.option("-m", "--model", help=f"Model folder or bundled name. [default: {DEFAULT_MODEL}]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help=f"A file or a folder. [default: PHOTO{ADDED}.png]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+@click.option("--seed", "seeds", multiple=True, metavar="N...", help="Seeds: 7, or 1 2 5, or 0..15. [default: 0]")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and finer.")
+@click.option("--solver", help="ddim, dpm++2m, repaint, ... (docs: solvers)")
+@click.option("--eta", type=click.FloatRange(0, 1), help="Share of fresh noise per step, for solvers that draw noise.")
+@click.option("--cfg-scale", "guidance_scale", type=float, help="How closely to follow the prompt; 1 is off.")
+@click.option("--negative-prompt", help="What the new part should not be like.")
+@click.option("--window", type=click.IntRange(min=1), help="Largest side of what the model sees at once, in pixels.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time: more needs more memory.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+def edit(
+    photo: Path, mask: Path | None, model: str | None, output: Path | None, overwrite: bool, **options: Any
+) -> None:
+    """Repaint what --mask marks in PHOTO, or what --expand adds to it; without both make variations of it.
+
+    Every pixel that is not repainted comes back as it was, in 8 or 16 bits. Photos may have any size, opacity and a
+    colour profile. Of a FOLDER every picture with a mask beside it (a.jpg, a_mask.png) is repainted.
+
+    \b
+      darkroom edit photo.png --mask mask.png
+      darkroom edit photo.png --expand 0,32,0,32 --seed 0..3 -o wide.png
+      darkroom edit pictures/ -o without/
+      darkroom edit -m emoji face.png "a sad face" --strength 0.7
+    """
+    from darkroom.editing import EditSettings
+
+    given = {name: options[name] for name in EditSettings.__dataclass_fields__ if name in options}
+    given |= {"seeds": tuple(parse_seeds(options["seeds"])) or (0,), "expand": parse_expand(options["expand"])}
+    settings = EditSettings(**given)
+    jobs = choose_jobs(photo, mask, output, settings.seeds)
+    many = photo.is_dir()
+    if not overwrite:
+        there = [path for job in jobs for path in job.outputs.values() if path.exists()]
+        if there and not many:
+            raise DarkroomError(f"{there[0]} is there already; name another with -o, or add --overwrite")
+        done = [job for job in jobs if all(path.exists() for path in job.outputs.values())]
+        if done:
+            click.echo(f"note: {len(done)} of {len(jobs)} are there already (--overwrite makes them anew)", err=True)
+        jobs = [job for job in jobs if job not in done]
+    if not jobs:
+        return
+    for job in jobs:
+        check_writable(next(iter(job.outputs.values())).parent)
+    first = None if many else _read(jobs[0], settings)  # what is wrong with it is said before a model is loaded
+    editor = _load(model, options["device"], options["threads"])
+    failed: list[str] = []
+    for job in jobs:
+        try:
+            written = _make(editor, job, first or _read(job, settings), settings, shareable(model, DEFAULT_MODEL))
+        except DarkroomError as error:
+            if not many:
+                raise
+            failed.append(str(error))
+            click.echo(f"note: left out: {error}", err=True)
+            continue
+        for path in written:
+            click.echo(click.format_filename(path))
+    if failed:
+        raise DarkroomError(f"{len(failed)} of {len(jobs)} pictures could not be edited; the first: {failed[0]}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """outputs: by seed."""
+
+    photo: Path
+    mask: Path | None
+    outputs: dict[int, Path]
+
+
+def choose_jobs(photo: Path, mask: Path | None, output: Path | None, seeds: Sequence[int]) -> list[Job]:
+    """What becomes what."""
+    if not photo.is_dir():
+        into = output is not None and (output.is_dir() or not output.suffix)
+        if output is None or into:
+            output = (output or photo.parent) / f"{photo.stem}{'' if into else ADDED}.png"
+        jobs = [Job(photo, mask, _outputs(output, seeds))]
+    else:
+        if mask is not None:
+            raise DarkroomError(f"{photo} is a folder, whose masks lie in it: a.jpg and a{MASK}.png; leave out --mask")
+        folder = output or photo.with_name(photo.name + ADDED)
+        if folder.exists() and not folder.is_dir():
+            raise DarkroomError(f"{folder} is a file; for several pictures name a folder")
+        jobs = [Job(p, m, _outputs(folder / f"{p.stem}.png", seeds)) for p, m in pairs(photo)]
+    origins: dict[Path, Path] = {}
+    for job in jobs:
+        for path in job.outputs.values():
+            if path.absolute() in (job.photo.absolute(), None if job.mask is None else job.mask.absolute()):
+                raise DarkroomError(f"{path}: that is the photo or the mask itself; choose another output")
+            if (other := origins.setdefault(path.absolute(), job.photo)) != job.photo:
+                raise DarkroomError(f"{other} and {job.photo} would both become {path}; put them into two folders")
+    return jobs
+
+
+def pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """The pictures of a folder that have a mask beside them, with it; says which have none."""
+    from darkroom.data.records import IMAGE_SUFFIXES
+
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    masks = {p.stem.removesuffix(MASK): p for p in found if p.stem.endswith(MASK)}
+    pictures = [p for p in found if not p.stem.endswith(MASK)]
+    together = [(p, masks[p.stem]) for p in pictures if p.stem in masks]
+    if not together:
+        raise DarkroomError(
+            f"{folder}: no picture has a mask beside it; a.jpg needs a{MASK}.png, white where to repaint"
+        )
+    if alone := [p.name for p in pictures if p.stem not in masks]:
+        click.echo(f"note: {len(alone)} of {len(pictures)} pictures have no mask, the first is {alone[0]}", err=True)
+    return together
+
+
+def _outputs(path: Path, seeds: Sequence[int]) -> dict[int, Path]:
+    if len(seeds) == 1:
+        return {seeds[0]: path}
+    return {seed: path.with_name(f"{path.stem}-seed{seed}{path.suffix}") for seed in seeds}
+
+
+def _load(name: str | None, device: str, threads: int | None) -> Editor:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from darkroom.editing import Editor
+    from darkroom.latent_diffusion import LatentDiffusion
+    from darkroom.model_io import bundled, load
+
+    if name is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
+        raise DarkroomError("no model was named and this version ships none for this; add -m MODEL")
+    model = load(name or DEFAULT_MODEL, device=device)
+    if not isinstance(model, LatentDiffusion):
+        raise DarkroomError(f"{name} is a first stage only; it cannot repaint: give a whole model")
+    return Editor(model)
+
+
+def _read(job: Job, settings: EditSettings) -> tuple[Photograph, np.ndarray | None]:
+    """The photo and what is to be repainted; complains about what cannot be done, also of the output's type."""
+    from darkroom.data.image_files import check_suffix
+    from darkroom.data.photographs import read_photograph
+    from darkroom.editing.editor import as_hole, check_hole, expanded
+
+    photo = read_photograph(job.photo)
+    channels = photo.values.shape[2] + (photo.alpha is not None)
+    for path in job.outputs.values():
+        check_suffix(path, channels, str(photo.values.dtype))
+    mask = None if job.mask is None else read_mask(job.mask)
+    if mask is not None:
+        try:
+            hole = as_hole(mask, (photo.values.shape[0], photo.values.shape[1]))
+            check_hole(expanded(photo.values, hole, settings.expand)[1])
+        except DarkroomError as error:
+            raise DarkroomError(f"{job.mask}: {error}") from None
+    if photo.frames > 1:
+        click.echo(f"note: {job.photo} has {photo.frames} frames, of which the first is taken", err=True)
+    return photo, mask
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W) bool: what is opaque and nearer to white than to black."""
+    import numpy as np
+
+    from darkroom.data.photographs import read_photograph
+
+    photo = read_photograph(path)
+    top = np.iinfo(photo.values.dtype).max if photo.values.dtype.kind in "iu" else 1.0
+    white: np.ndarray = photo.values.mean(2) >= top / 2
+    return white if photo.alpha is None else white & (photo.alpha[..., 0] >= top / 2)
+
+
+def _make(
+    editor: Editor, job: Job, given: tuple[Photograph, np.ndarray | None], settings: EditSettings, source: str
+) -> list[Path]:
+    """All images of one photo; gives where they were written."""
+    from darkroom.cli.progress import StepBar
+    from darkroom.data.photographs import photograph_bytes
+    from darkroom.png_settings import png_text
+    from darkroom.safe_files import write_file
+
+    photo, mask = given
+    try:
+        with StepBar("editing", 100, "%") as bar:  # how many steps there are follows from the mask
+            report = bar.update
+            result = editor(photo.values, mask, settings, lambda done, total: report(100 * done // total))
+    except DarkroomError as error:
+        raise DarkroomError(f"{job.photo}: {error}") from None
+    for image, record, path in zip(result.images, result.settings, job.outputs.values(), strict=True):
+        if source:
+            record["model"]["source"] = source
+        edited = replace(photo, values=image, alpha=_alpha(photo, result, settings))
+        write_file(path, photograph_bytes(edited, path.suffix.lower(), png_text(record)))
+    if photo.profile is not None and any(p.suffix.lower() != ".png" for p in job.outputs.values()):
+        click.echo(f"note: only .png keeps the colour profile of {job.photo}", err=True)
+    if result.mask is None and result.images[0].shape != photo.values.shape:
+        height, width = result.images[0].shape[:2]
+        click.echo(f"note: the variations have {width}x{height} pixels, which the model makes at once", err=True)
+    return list(job.outputs.values())
+
+
+def _alpha(photo: Photograph, result: Edited, settings: EditSettings) -> np.ndarray | None:
+    """Opacity as it was, full in what was added; none for a picture of another size."""
+    import numpy as np
+
+    if photo.alpha is None or (result.mask is None and result.images[0].shape[:2] != photo.alpha.shape[:2]):
+        return None
+    left, top, right, bottom = settings.expand
+    full = np.iinfo(photo.alpha.dtype).max if photo.alpha.dtype.kind in "iu" else 1.0
+    return np.pad(photo.alpha, ((top, bottom), (left, right), (0, 0)), constant_values=full)
