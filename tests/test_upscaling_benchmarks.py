@@ -1,0 +1,103 @@
+"""What the measurements of super-resolution are made with: seam energy, the regression network, the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from condition_models import make_model
+
+from darkroom.data.degradations import LowResolution
+from darkroom.data.sources import DataConfig
+from darkroom.errors import DarkroomError
+from darkroom.evaluation.protocol import read_record
+from darkroom.networks.unet import UNetConfig
+from darkroom.training.recipe import find_recipe, read_recipe, resolve
+from darkroom.upscaling import Upscaler, UpscaleSettings
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+NETWORK = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=())
+
+
+@pytest.fixture(autouse=True)
+def benchmarks() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_seam_energy_sees_a_seam_and_nothing_else() -> None:
+    from upscale_seams import drawn_photo, seam_energy
+
+    image = np.asarray(drawn_photo(512, 256)).astype(np.float32)
+    borders = [128, 256, 384]
+    across, near = seam_energy(image, borders, 16)
+    assert 0.9 < across / near < 1.1
+    seams = image + 40 * (np.arange(512)[None, :, None] // 128 % 2)
+    across, near = seam_energy(seams, borders, 16)
+    assert across / near > 1.5
+
+
+def test_borders_are_those_of_the_windows() -> None:
+    from upscale_seams import borders_of
+
+    model = make_model("low_resolution", low_resolution={"noise_levels": 0})
+    settings = UpscaleSettings(window=32, overlap=8)
+    columns, rows = borders_of(Upscaler(model), 20, 8, settings)
+    assert rows == [] and columns == [24, 32, 48, 56]  # of 80 pixels: windows at 0, 24 and 48
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
+def test_the_regression_network_takes_any_size(size: tuple[int, int]) -> None:
+    from regression_baseline import Regression
+    from restoration import bicubic_by
+
+    network = Regression(NETWORK, 4)
+    small = torch.rand(2, 3, *size)
+    image = network(small)
+    assert image.shape == (2, 3, 4 * size[0], 4 * size[1])
+    torch.testing.assert_close(image, bicubic_by(4)(small))  # untrained it is bicubic: its last layer is zero
+
+
+@pytest.mark.slow
+def test_the_baseline_and_the_table(tmp_path: Path) -> None:
+    """Both commands for a few steps: trained, resumed, scored, with a record for each row. Half a minute."""
+    from regression_baseline import load_regression, train_regression
+    from upscaling_table import run
+
+    recipe = resolve(read_recipe(find_recipe("clothing-sr")), {"first_stage": None, "steps": 4, "batch_size": 2})
+    data = DataConfig(count=12, size=32, low_resolution=LowResolution(4), validation=0.2)
+    recipe = replace(recipe, data=data, denoiser=replace(recipe.denoiser, network=NETWORK))
+    facts = train_regression(recipe, tmp_path / "regression", quiet=True)
+    _, saved = load_regression(tmp_path / "regression")
+    assert facts["steps"] == saved["steps"] == 4 and saved["factor"] == 4
+    again = train_regression(recipe, tmp_path / "regression", resume=True, quiet=True)
+    assert again["psnr"] == pytest.approx(facts["psnr"], abs=1e-4)
+    timed = train_regression(recipe, tmp_path / "timed", minutes=1e-6, quiet=True)
+    assert timed["steps"] == 1
+    with pytest.raises(DarkroomError, match="no regression network"):
+        load_regression(tmp_path)
+
+    model = make_model("low_resolution", low_resolution={"noise_levels": 0})
+    model.save(tmp_path / "model")
+    options: dict[str, Any] = {"data": ["shapes"], "model": [f"ours={tmp_path / 'model'}"], "steps": 1, "count": 4}
+    options |= {"regression": tmp_path / "regression", "output": tmp_path / "table", "size": "32x32", "pictures": 2}
+    text = run(argparse.Namespace(**options, speed=True, batch_size=2, threads=1))
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["", "---", "bicubic", "L1 regression", "ours", "ours, consistent"]
+    assert {"PSNR", "SSIM", "consistency", "training samples/s"} <= {cell.strip() for cell in text.split("|")}
+    found = {row["row"]: row for row in json.loads((tmp_path / "table" / "table.json").read_text())}
+    for row in found.values():
+        record = read_record(tmp_path / "table" / row["record"])
+        assert record.values == row["scores"] and record.sampling.count == 4
+    assert found["ours, consistent"]["scores"]["consistency"] < 0.5 < found["ours"]["scores"]["consistency"]
+    assert found["bicubic"]["parameters"] == 0 < found["L1 regression"]["parameters"]
+    assert (tmp_path / "table" / "pictures.png").is_file()
