@@ -11,12 +11,13 @@ from gaussian_mixture import GaussianMixture
 from tiny_models import tiny_model
 from torch import Tensor
 
+from darkroom.conditioning.filling import filled
 from darkroom.diffusion.grids import make_grid
 from darkroom.diffusion.levels import NoiseLevel, add_noise
 from darkroom.diffusion.schedules import NoiseSchedule, ScheduleConfig, make_schedule
 from darkroom.errors import DarkroomError
 from darkroom.guidance import Guided
-from darkroom.inpaint import Inpaint, Start, begin, covering, filled
+from darkroom.inpaint import Inpaint, Start, begin, covering
 from darkroom.solvers import SOLVERS, default_spacing, solver_nfe
 from darkroom.solvers.repaint import repaint
 

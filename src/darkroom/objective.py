@@ -45,8 +45,8 @@ class ObjectiveConfig(TimeSamplingConfig):
         company is not learned: of three that are dropped half of the time, each is alone in an eighth.
 
     draws: how many times and noises every example of a batch is given. Conditions are encoded once for all of them,
-        which pays where that costs as much as the network: a masked picture passes through the first stage anew in
-        every step. Of 32 examples a step, those of `clothing-inpaint` take 1.0 s with 2 draws, 1.5 s with 1.
+        which pays where that costs much: a masked picture passes through the first stage anew in every step. In
+        `clothing-inpaint` that is a third of the time with one draw, a fifth with two.
 
     likelihood_bins: L_vlb at time 0: so many values of a pixel in [-1, 1] (256 in the official code); null: a density,
         which is right for latents.

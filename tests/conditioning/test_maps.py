@@ -210,7 +210,7 @@ def test_the_arrangements_of_the_paper_and_of_sd() -> None:
     assert masked().widths == {"concat": 3} and masked().fields == ("image", "repaint_mask")
 
 
-@pytest.mark.parametrize("options", [{}, {**PAPER, "mask_range": (-1.0, 1.0)}])
+@pytest.mark.parametrize("options", [{}, {"fill": "smooth"}, {**PAPER, "mask_range": (-1.0, 1.0)}])
 def test_what_is_under_the_mask_does_not_matter(options: dict[str, Any]) -> None:
     image, mask = randn(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
     mask[..., 4:9, 3:12] = 1
@@ -231,6 +231,17 @@ def test_every_pixel_of_the_mask_as_channels(size: tuple[int, int]) -> None:
     is_hole = (concat[0, :16] == 1).nonzero().tolist()
     assert is_hole == [[1 * 4 + 3, 1, 1]]  # row 5 = 4 + 1, column 7 = 4 + 3
     assert encoder.null(1).concat[0, :, 0, 0].tolist() == [1.0] * 16 + [0.0] * 2
+
+
+def test_a_smooth_fill_continues_what_is_around() -> None:
+    """On a flat picture there is nothing to see of the hole but in the mask."""
+    encoder = masked(fill="smooth")
+    image, mask = torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1
+    holed = torch.where(mask.bool(), torch.full_like(image, 7.0), image)
+    concat = encoder.encode({"image": holed, "repaint_mask": mask}).concat
+    torch.testing.assert_close(concat[:, 1:], fake_encode(image, True))
+    assert torch.equal(concat[:, :1], mask[:, :, ::4, ::4])
 
 
 def test_masked_null_is_all_to_repaint() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from darkroom.conditioning.augmentation import IMAGE_NOISE, LEVELS, Noised, check_level, draw_noise, with_noise
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts, fill
+from darkroom.conditioning.filling import filled
 from darkroom.conditioning.pictures import as_depth, as_image, as_mask
 from darkroom.conditioning.types import Conditioning
 from darkroom.errors import DarkroomError
@@ -163,7 +164,8 @@ class MaskedImageConfig(EncoderConfig):
 
     mask_first: the mask before the latent's channels (false: behind them)
     normalised: the latent of the masked picture with shift and scale (false: as the autoencoder gives it)
-    fill:       what is under the mask, from -1 black to 1 white (-1)
+    fill:       what is under the mask, from -1 black to 1 white (-1), or "smooth": what is around it, continued (ours).
+                What the encoder gives for the pixels beside a hole is then about what it would give without one
     mask_range: the mask's values where the picture is kept and where it is repainted ([-1, 1])
     mask_via:   how the mask comes to the latent's size: its "nearest" pixel, or "pixels": all f*f of a block as
                 channels, which also tells of strokes that are thinner than a block (ours)
@@ -175,7 +177,7 @@ class MaskedImageConfig(EncoderConfig):
     drop_rate: float = 0.0
     mask_first: bool = True
     normalised: bool = True
-    fill: float = 0.0
+    fill: float | Literal["smooth"] = 0.0
     mask_range: tuple[float, float] = (0.0, 1.0)
     mask_via: Literal["nearest", "pixels"] = "nearest"
     latent_channels: int | None = None
@@ -216,7 +218,7 @@ class MaskedImageEncoder(ConditionEncoder):
 
     def encode(self, values: dict[str, Tensor]) -> Conditioning:
         image, mask = values["image"], (values[self.field] >= 0.5).to(values["image"])
-        masked = image * (1 - mask) + self.config.fill * mask
+        masked = filled(image, mask) if self.config.fill == "smooth" else image * (1 - mask) + self.config.fill * mask
         latent = self._encode_image(masked, self.config.normalised)
         low, high = self.config.mask_range
         small = self._at_latent(mask, (latent.shape[2], latent.shape[3])).to(latent) * (high - low) + low

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from darkroom.conditioning.filling import filled
 from darkroom.conditioning.requests import encoders_of
 from darkroom.data.image_files import most_pixels
 from darkroom.editing.holes import cut, windows_of
 from darkroom.editing.seams import without_seam
 from darkroom.errors import DarkroomError
-from darkroom.inpaint import Start, filled
+from darkroom.inpaint import Start
 from darkroom.latent_diffusion import LatentDiffusion, Request, Result
 from darkroom.model_io import load
 from darkroom.pixel_format import LIMITS, PixelFormat

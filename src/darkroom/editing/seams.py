@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from darkroom.inpaint import filled
+from darkroom.conditioning.filling import filled
 
 BLOCK = 4  # pixels; of finer differences the model's picture keeps its own
 
