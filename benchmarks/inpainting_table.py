@@ -126,7 +126,7 @@ class FilledPictures:
 
     def __init__(self, dataset: ImageDataset, count: int, method: Method, distance: PerceptualDistance) -> None:
         self.dataset, self.count, self.method = dataset, count, method
-        self.check, self.seconds = pair_check(dataset, distance), 0.0
+        self.check = pair_check(dataset, distance)
 
     def __len__(self) -> int:
         return self.count
