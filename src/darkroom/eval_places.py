@@ -71,6 +71,13 @@ def is_images(place: str) -> bool:
     return place not in bundled() and (is_there(place) or part_of(place)[0] in SYNTHETIC)
 
 
+def check_places(places: Sequence[str]) -> None:
+    """Raise DarkroomError for data that is not there."""
+    for place in places:
+        if not is_there(place) and part_of(place)[0] not in SYNTHETIC:
+            raise DarkroomError(f"{place}: no such file or folder; check the path of the data")
+
+
 def open_reference(places: Sequence[str], size: Size, channels: int, pixels: PixelFormat) -> ImageDataset:
     """The images that others are compared with: of a source that divides itself the held-out part, else all of it."""
     return _open(places, "validation", size, channels, pixels)
@@ -79,7 +86,7 @@ def open_reference(places: Sequence[str], size: Size, channels: int, pixels: Pix
 def open_training(places: Sequence[str], size: Size, channels: int, pixels: PixelFormat) -> ImageDataset | None:
     """The training part of sources that divide themselves; None where there is none."""
     drawn = [is_shapes(place) or part_of(place)[0] in SYNTHETIC for place in places]
-    if not all(drawn) and read_parts(_source(places))[1] is None:
+    if not all(drawn) and not _divided(places):
         return None
     return _open(places, "train", size, channels, pixels)
 
@@ -90,7 +97,7 @@ def open_whole(places: Sequence[str], size: Size, channels: int, pixels: PixelFo
 
 
 def _source(places: Sequence[str]) -> str | list[str]:
-    return places[0] if len(places) == 1 else list(places)
+    return part_of(places[0])[0] if len(places) == 1 else list(places)
 
 
 def _open(places: Sequence[str], split: str, size: Size, channels: int, pixels: PixelFormat) -> ImageDataset:
@@ -104,12 +111,11 @@ def _open(places: Sequence[str], split: str, size: Size, channels: int, pixels: 
         options["limit"] = count
         if is_shapes(path) or path in SYNTHETIC:  # procedural sets have held-out images of their own
             return open_dataset(DataConfig(source=path, **options), split, in_memory=False)
-    source = _source([part_of(places[0])[0]] if len(places) == 1 else places)
-    config = DataConfig(source=source, validation=0.0, **options)
-    counted = _counted(places[1:] and places)
-    divided = not counted and read_parts(source)[1] is not None
-    dataset = open_dataset(config, split if divided else "train", in_memory=False)
-    if not divided and not counted:
+    source, divided = _source(places), _divided(places)
+    dataset = open_dataset(
+        DataConfig(source=source, validation=0.0, **options), split if divided else "train", in_memory=False
+    )
+    if not divided and not _counted(places):
         dataset.split = "all"  # for the record: nobody said that these are images of training
     if not len(dataset):
         raise DarkroomError(f"{', '.join(data_names(source))}: there are no images to evaluate on; check the data")
@@ -118,7 +124,12 @@ def _open(places: Sequence[str], split: str, size: Size, channels: int, pixels: 
 
 def _counted(places: Sequence[str]) -> bool:
     """Whether these are several readers' sources: with counts, or with `shapes` among them."""
-    return any(part_of(place)[1] is not None or is_shapes(place) for place in places)
+    return len(places) > 1 and any(part_of(place)[1] is not None or is_shapes(place) for place in places)
+
+
+def _divided(places: Sequence[str]) -> bool:
+    """Whether a source has parts of its own for training and for validation."""
+    return not _counted(places) and read_parts(_source(places))[1] is not None
 
 
 def with_derived_fields(dataset: ImageDataset, model: LatentDiffusion) -> ImageDataset:

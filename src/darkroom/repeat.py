@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from darkroom.config import from_dict
-from darkroom.data.locations import is_there
 from darkroom.errors import DarkroomError
-from darkroom.eval_places import is_images
+from darkroom.eval_places import check_places, is_images
 from darkroom.evaluation.protocol import Record, settings_of
 from darkroom.model_folder import find_source
 from darkroom.report_scores import score_text
@@ -36,11 +35,11 @@ def repeat_request(record: Record, places: Sequence[str] = (), training: Sequenc
         request = replace(request, model=places[0], data=list(places[1:]))
     if training:
         request = replace(request, training=list(training))
-    for place in (*request.data, *(request.training or [])):
-        if not is_there(place):
-            raise DarkroomError(
-                f"{place}: is not there; say where it lies now: darkroom eval MODEL DATA --repeat RECORD"
-            )
+    try:
+        check_places([*request.data, *(request.training or [])])
+    except DarkroomError as error:
+        cure = "say where it lies now: darkroom eval MODEL DATA --repeat RECORD"
+        raise DarkroomError(f"{str(error).partition(';')[0]}; {cure}") from error
     if not is_images(request.model):
         find_source(request.model)  # complains
     return request

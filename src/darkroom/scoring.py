@@ -27,6 +27,7 @@ from darkroom.data.sources import ImageDataset
 from darkroom.errors import DarkroomError
 from darkroom.eval_places import (
     Size,
+    check_places,
     is_images,
     model_name,
     open_reference,
@@ -47,11 +48,12 @@ from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, select_device
 from darkroom.pixel_format import PixelFormat
 from darkroom.safe_files import read_json, write_file
-from darkroom.scoring_result import PARTS, RECORD, SHOWN, finish
+from darkroom.scoring_result import NEEDS, PARTS, RECORD, SHOWN, finish
 from darkroom.training.distributed import World, any_rank
 
 READ_PART = 64  # stored images that are looked at together
 MOST_SAMPLES = 10_000  # of a model, where no number is asked for
+MOST_COUNT = 10_000_000  # of anything: their very numbers would fill the memory
 MOST_TRAINING = 10_000  # training images searched for neighbours, where they were not named
 SETTINGS = "eval.json"  # of the scores in a folder, from before the first image was seen
 Progress = Callable[[str, float, int], None]  # what is being done, how many images of it, of how many
@@ -62,6 +64,7 @@ class EvalRequest:
     """What to score, and how. All of it is in the record; see `darkroom eval --help` for the words.
 
     metrics: names of `measure.METRICS`; None: all that can be made, but bits per dimension.
+    bits_per_dim: bits per dimension beside them.
     pair_images: of so many images pairs are looked at (kernel distance, precision, density).
     training: images for the memorisation check; None: the training part of the data, where it has one.
     """
@@ -81,6 +84,7 @@ class EvalRequest:
     weights: str = "ema"
     batch_size: int = 16
     pair_images: int = MOST
+    bits_per_dim: bool = False
     bound_levels: int = LEVELS
     sweep_steps: list[int] = field(default_factory=list)
     sweep_guidance: list[float] = field(default_factory=list)
@@ -96,6 +100,8 @@ class EvalRequest:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise DarkroomError(f"{name} is {value}; give {smallest} or more")
+        if max(self.count or 0, self.sweep_count or 0, self.pair_images) > MOST_COUNT:
+            raise DarkroomError(f"that many images cannot be counted here; give numbers up to {MOST_COUNT:,}")
         if any(steps < 1 for steps in self.sweep_steps) or min(self.size or (1, 1)) < 1:
             raise DarkroomError(f"sweep_steps {self.sweep_steps}, size {self.size}: give numbers above 0")
         if self.metrics == []:
@@ -108,14 +114,15 @@ class EvalRequest:
     @property
     def wanted(self) -> list[str]:
         """The metrics to try."""
-        return [name for name in METRICS if name != "bits"] if self.metrics is None else check_metrics(self.metrics)
+        named = [name for name in METRICS if name != "bits"] if self.metrics is None else check_metrics(self.metrics)
+        return [*named, "bits"] if self.bits_per_dim and "bits" not in named else named
 
     def wants(self, metric: str) -> bool:
         return metric in self.wanted
 
     def insists(self, metric: str) -> bool:
         """Whether a metric that cannot be made is an error."""
-        return self.metrics is not None and metric in self.metrics
+        return metric in (self.metrics or []) or (metric == "bits" and self.bits_per_dim)
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ class Evaluation:
     ) -> None:
         self.name, self.folder, self.world, self.progress = name, folder, world, progress
         self.device = select_device(request.device)
+        check_places([*request.data, *(request.training or [])])  # a misspelt name is told before a model is loaded
         stored = model is None and is_images(request.model)
         if model is None and not stored:
             loaded = load(request.model, request.weights, self.device)
@@ -199,6 +207,8 @@ class Evaluation:
         self.networks: dict[str, Extraction] = {}
         self.source = self._samples(size)
         self.count = len(self.source)
+        self._check_possible()
+        self.points = self._points()
 
     def _trained_size(self, place: str) -> Size:
         assert self.model is not None
@@ -257,6 +267,39 @@ class Evaluation:
             if self.request.insists("clip"):
                 raise
             return None
+
+    def _check_possible(self) -> None:
+        """What was asked for by name and cannot be made is told before anything is."""
+        generated = isinstance(self.source, GeneratedPictures)
+        fields = self.source.fields if isinstance(self.source, GeneratedPictures) else []
+        classes = self.dataset.class_names if len(self.dataset.class_names) > 1 else None
+        own = self.dataset if generated else self.source.dataset
+        possible = {
+            "is": self.extractor.has_classes,
+            "accuracy": own is not None and own.class_names == classes and (not generated or "class_label" in fields),
+            "pairs": any(field in fields for field in PAIRED),
+            "clip": "text" in fields,
+            "agreement": is_shapes_set(self.dataset) and bool(fields),
+            "bits": generated,
+        }
+        for metric, so in possible.items():
+            if self.request.insists(metric) and not so:
+                raise DarkroomError(f'metric "{metric}" {NEEDS[metric]}; leave it out')
+
+    def _points(self) -> list[tuple[str, float, GeneratedPictures]]:
+        """Of the curves: (setting, its value, the images made so). Settings that cannot be are told now."""
+        request = self.request
+        if not request.sweep_steps and not request.sweep_guidance:
+            return []
+        if not isinstance(self.source, GeneratedPictures):
+            raise DarkroomError("curves over steps or guidance need a model; stored images have neither")
+        count = min(request.sweep_count or self.count, self.count)
+        own = self.source.settings
+        wanted: list[tuple[str, float, GenerationSettings]] = [
+            *(("steps", float(n), replace(own, steps=n)) for n in dict.fromkeys(request.sweep_steps)),
+            *(("guidance", g, replace(own, guidance_scale=g)) for g in dict.fromkeys(request.sweep_guidance)),
+        ]
+        return [(setting, value, self.generated(count, settings)) for setting, value, settings in wanted]
 
     # --- stages ---
 
@@ -331,31 +374,19 @@ class Evaluation:
     def _bits(self) -> FeatureFiles | None:
         if not self.request.wants("bits"):
             return None
-        if not isinstance(self.source, GeneratedPictures):
-            raise DarkroomError('metric "bits" is a bound of a model\'s likelihood; stored images have none')
+        assert isinstance(self.source, GeneratedPictures)
         files = self._files("bits", min(self.count, len(self.dataset)), self.request.batch_size)
         source = BoundSource(self.generated(files.count, self.source.settings), self.request.bound_levels)
         self._look("bounding the likelihood", source, files, None)
         return files
 
     def _sweeps(self) -> list[tuple[str, float, Seen]]:
-        """(setting, its value, the images made so)."""
-        request = self.request
-        if not request.sweep_steps and not request.sweep_guidance:
-            return []
-        if not isinstance(self.source, GeneratedPictures):
-            raise DarkroomError("curves over steps or guidance need a model; stored images have neither")
-        count = min(request.sweep_count or self.count, self.count)
-        own = self.source.settings
-        wanted: list[tuple[str, float, GenerationSettings]] = [
-            *(("steps", float(n), replace(own, steps=n)) for n in request.sweep_steps),
-            *(("guidance", g, replace(own, guidance_scale=g)) for g in request.sweep_guidance),
-        ]
+        """(setting, its value, what was seen of the images made so)."""
         result = []
-        for setting, value, settings in wanted:
-            files = self._files(f"{setting}-{value:g}", count, request.batch_size)
-            self._look(f"generating, {setting} {value:g}", self.generated(count, settings), files, self.extractor)
-            result.append((setting, value, Seen(files, self.extractor, request.pair_images)))
+        for setting, value, source in self.points:
+            files = self._files(f"{setting}-{value!r}", len(source), self.request.batch_size)
+            self._look(f"generating, {setting} {value:g}", source, files, self.extractor)
+            result.append((setting, value, Seen(files, self.extractor, self.request.pair_images)))
         return result
 
     def _keep(self, numbers: Sequence[int], images: Tensor) -> None:

@@ -18,7 +18,6 @@ from darkroom.data.latent_cache import module_hash
 from darkroom.data.locations import data_names, spread
 from darkroom.data.sources import ImageDataset
 from darkroom.data.transforms import RULE_VERSION
-from darkroom.errors import DarkroomError
 from darkroom.evaluation.environment import environment
 from darkroom.evaluation.feature_files import EMBEDDING, PROBABILITIES, FeatureFiles
 from darkroom.evaluation.likelihood import bits_name, bound_variance
@@ -43,15 +42,15 @@ if TYPE_CHECKING:
 RECORD, PARTS = "scores.json", "parts"
 SHOWN = 36  # samples of the grid
 SHOWN_NEIGHBOURS = 4  # rows of samples that were chosen by number, and as many that are nearest of all
-# What each metric cannot be made without, said where somebody asked for it: the beginning of its score's name, why.
+# What each metric cannot be made without, said where somebody asked for it.
 NEEDS = {
-    "is": ("IS", "needs an extractor that names classes; choose --extractor inception-tf"),
-    "accuracy": ("class accuracy", "needs a model and data with classes"),
-    "pairs": ("PSNR", "needs a model that repairs pictures: super-resolution or inpainting"),
-    "clip": ("CLIP score", "needs a model and data with captions, and the files of CLIP"),
-    "agreement": ("", "is judged by rules that hold for `shapes` alone, on what a model of them is told"),
+    "is": "needs an extractor that names classes; choose --extractor inception-tf",
+    "accuracy": "needs samples and data with the same classes",
+    "pairs": "needs a model that repairs pictures: super-resolution or inpainting",
+    "clip": "needs a model and data with captions",
+    "agreement": "is judged by rules that hold for `shapes` alone, on what a model of them is told",
+    "bits": "is a bound of a model's likelihood; stored images have none",
 }
-AGREEMENTS = ("caption", "class agreement", "box", "map")
 
 
 def finish(job: Evaluation, bits: FeatureFiles | None, points: Sequence[tuple[str, float, Seen]]) -> Record:
@@ -65,7 +64,6 @@ def finish(job: Evaluation, bits: FeatureFiles | None, points: Sequence[tuple[st
     nearest = _neighbours(job, found)
     if bits is not None:
         found.scores += _bits_scores(job, bits)
-    _check_insisted(job, found)
     record = _record(job, found, _curves(job, points))
     _pictures(job, nearest)
     write_record(record, job.folder / RECORD)
@@ -127,14 +125,6 @@ def _bits_scores(job: Evaluation, files: FeatureFiles) -> list[Score]:
     if job.model.first_stage is not None:
         options |= {"latents": "mode", "first_stage": module_hash(job.model.first_stage.autoencoder)[:16]}
     return [replace(score, options=options) for score in mean_scores(files, [bits_name(job.model)])]
-
-
-def _check_insisted(job: Evaluation, found: Measured) -> None:
-    """A metric that was named and could not be made is an error, not a gap in a table."""
-    for metric, (name, reason) in NEEDS.items():
-        starts = (name,) if name else AGREEMENTS
-        if job.request.insists(metric) and not any(score.metric.startswith(starts) for score in found.scores):
-            raise DarkroomError(f'metric "{metric}" {reason}; leave it out')
 
 
 def _curves(job: Evaluation, points: Sequence[tuple[str, float, Seen]]) -> list[Curve]:

@@ -112,6 +112,20 @@ def test_images_of_a_folder_are_scored(run: Run, pictures: Path) -> None:
     assert status == 0 and "identical" in out
 
 
+def test_the_first_images_of_a_set(run: Run, pictures: Path) -> None:
+    """PLACE@COUNT, of the data, the samples and the training images."""
+    command = ("eval", "flat@5", "clothes/val@7", "--train", "clothes/train@9", "-o", "a", "--metrics", "fd,neighbours")
+    status, _, error = run(*command)
+    assert status == 0, error
+    record = record_of(pictures / "a")
+    assert (record.sampling.count, record.reference.count) == (5, 7)
+    assert record.training is not None and record.training.count == 9 and record.reference.split == "all"
+    assert run("eval", "flat", "clothes@6", "-o", "b", "--metrics", "fd,neighbours")[0] == 0
+    record = record_of(pictures / "b")
+    assert record.training is not None and (record.training.count, record.reference.count) == (6, 6)
+    assert (record.training.split, record.reference.split) == ("train", "validation")
+
+
 def test_the_inception_score_needs_classes(run: Run, refused: Refused, pictures: Path) -> None:
     assert run("eval", "flat", "clothes", "-o", "a", "--metrics", "is", "--extractor", "classes")[0] == 0
     assert 1.0 <= record_of(pictures / "a").values["IS-stand-in"] <= 8.0
@@ -178,7 +192,7 @@ def test_a_record_is_enough_to_repeat_it(run: Run, refused: Refused, models: Pat
     assert status == 1 and "not identical; what differs: reference images" in out and "FD-stand-in" in out
     assert "give both, MODEL DATA" in refused("eval", "--repeat", "first", "clothes")
     (pictures / "clothes").rename(pictures / "moved")
-    assert "clothes: is not there" in refused("eval", "--repeat", "first")
+    assert "clothes: no such file or folder; say where it lies now" in refused("eval", "--repeat", "first")
     assert run("eval", "--repeat", "again", models / "class", "moved", "-o", "elsewhere")[0] == 0
 
 
@@ -202,7 +216,9 @@ def test_bits_per_dimension(run: Run, refused: Refused, models: Path, pictures: 
     assert run(*command, "-o", "a")[0] == 0
     score = record_of(pictures / "a").score("bits/dim of latents")
     assert score is not None and score.value > 0 and score.options["levels"] == 5 and score.options["first_stage"]
-    assert "stored images have none" in refused("eval", "flat", "clothes", "--bits-per-dim", "-o", "b")
+    # Beside all other scores, of which none becomes a must.
+    assert run("eval", models / "none", "clothes", "--steps", 1, "--count", 4, "--bits-per-dim", "-o", "b")[0] == 0
+    assert {"bits/dim of latents", "FD-stand-in"} <= set(record_of(pictures / "b").values)
 
 
 def test_bad_input_is_one_line_and_loses_nothing(run: Run, refused: Refused, models: Path, pictures: Path) -> None:
@@ -281,6 +297,30 @@ def test_a_record_that_was_changed_by_hand(run: Run, refused: Refused, models: P
     for broken in (text[:200], "", "[1, 2]", text.replace('"value": ', '"value": "x", "v": ', 1)):
         (pictures / "changed.json").write_text(broken)
         assert "changed.json" in refused("eval", "--compare", "a", "changed.json")
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "words"),
+    [
+        ("class", ("--metrics", "is"), "needs an extractor that names classes"),
+        ("text", ("--metrics", "fd,accuracy"), "needs samples and data with the same classes"),
+        ("flat", ("--metrics", "accuracy"), "needs samples and data with the same classes"),
+        ("class", ("--metrics", "pairs"), "needs a model that repairs pictures"),
+        ("class", ("--metrics", "agreement"), "rules that hold for `shapes` alone"),
+        ("class", ("--metrics", "clip"), "needs a model and data with captions"),
+        ("flat", ("--bits-per-dim",), "stored images have none"),
+        ("flat", ("--sweep-steps", "1,2"), "stored images have neither"),
+        ("class", ("--sweep-guidance", "1,inf"), "numbers from 0 on"),
+        ("class", ("--count", 10**20), "numbers up to 10,000,000"),
+        ("class", ("--train", "lost.tar"), "lost.tar: no such file"),
+    ],
+)
+def test_what_cannot_be_made_is_told_before_anything_is(
+    refused: Refused, models: Path, pictures: Path, samples: str, options: tuple[object, ...], words: str
+) -> None:
+    place = samples if samples == "flat" else models / samples
+    assert words in refused("eval", place, "clothes", "-o", "scores", *options)
+    assert not (pictures / "scores").exists()
 
 
 def _misspelt(folder: Path, raw: dict[str, Any]) -> Path:

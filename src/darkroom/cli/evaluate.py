@@ -19,7 +19,7 @@ PLACES = click.Path(path_type=Path)
 # Options that the request calls by the same name.
 SAME_NAMES = (
     *("count", "seed", "steps", "solver", "eta", "weights", "extractor", "batch_size"),
-    *("sweep_count", "save_images", "device", "threads"),
+    *("bits_per_dim", "sweep_count", "save_images", "device", "threads"),
 )
 ON = ("count", "size", "output", "batch_size", "device", "threads")
 # By mode: the options that mean something there. Without one all do, but --anyway.
@@ -142,12 +142,10 @@ def _model(places: Sequence[str], options: dict[str, Any]) -> None:
     steps = numbers("--sweep-steps", options["sweep_steps"], int)
     guidance = numbers("--sweep-guidance", options["sweep_guidance"], float)
     size = parse_size(options["size"])
-    from darkroom.evaluation.measure import METRICS, MOST, check_metrics
+    from darkroom.evaluation.measure import MOST, check_metrics
 
     if metrics is not None:
         metrics = check_metrics(metrics)
-    if options["bits_per_dim"]:
-        metrics = [*(metrics or [name for name in METRICS if name != "bits"]), "bits"]
     from darkroom.scoring import LEVELS, EvalRequest
 
     request = EvalRequest(
@@ -192,7 +190,8 @@ def numbers(name: str, text: str | None, kind: type) -> list[Any]:
         found = [-1]
     if any(not 0 <= n < 1e6 or (kind is int and n < 1) for n in found):
         raise DarkroomError(
-            f"{name} {text}: give {'whole ' if kind is int else ''}numbers with commas between, such as 5,10,20"
+            f"{name} {text}: give {'whole numbers from 1' if kind is int else 'numbers from 0'} on with commas "
+            "between, such as 5,10,20"
         )
     return found
 
