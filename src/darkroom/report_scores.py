@@ -58,8 +58,8 @@ def interval_text(metric: str, found: tuple[float, float] | None) -> str:
 
 def score_lines(record: Record) -> list[str]:
     """The table on the terminal."""
-    rows = [["images", f"{record.sampling.count:,} against {record.reference.count:,}", ""]]
-    rows += [[s.metric, score_text(s.metric, s.value), interval_text(s.metric, interval(s.value, s.deviations))]
+    rows = [["images", f"{record.sampling.count:,} against {record.reference.count:,}", "", ""]]
+    rows += [[s.metric, score_text(s.metric, s.value), interval_text(s.metric, interval(s.value, s.deviations)), s.note]
              for s in record.scores]  # fmt: skip
     return [*_aligned(rows), *(f"warning: {warning}" for warning in record.warnings)]
 

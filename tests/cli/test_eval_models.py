@@ -112,6 +112,14 @@ def test_images_of_a_folder_are_scored(run: Run, pictures: Path) -> None:
     assert status == 0 and "identical" in out
 
 
+def test_a_classifier_that_knew_the_images_is_told(run: Run, models: Path, pictures: Path) -> None:
+    command = ("eval", models / "class", "clothes/val", "--steps", 1, "--metrics", "accuracy", "-o", "a")
+    status, out, error = run(*command)
+    assert status == 0, error
+    line = next(line for line in out.splitlines() if line.startswith("class accuracy of real images"))
+    assert line.endswith("of the very images that the classifier was fitted on")
+
+
 def test_the_first_images_of_a_set(run: Run, pictures: Path) -> None:
     """PLACE@COUNT, of the data, the samples and the training images."""
     command = ("eval", "flat@5", "clothes/val@7", "--train", "clothes/train@9", "-o", "a", "--metrics", "fd,neighbours")
@@ -202,7 +210,7 @@ def test_records_are_compared_where_they_can_be(run: Run, refused: Refused, mode
     status, out, error = run("eval", "--compare", "a/scores.json", "b")
     assert status == 0, error
     lines = out.splitlines()
-    assert "class (1 steps" in lines[0] and "class (3 steps" in lines[0]
+    assert "class (1 step, " in lines[0] and "class (3 steps" in lines[0]
     assert lines[1].startswith("FD-stand-in") and "…" in lines[1] and "Δ" in lines[1]
     assert any(line.split()[:3] == ["steps", "1", "3"] for line in lines)
     error = refused("eval", "--compare", "a", "c")

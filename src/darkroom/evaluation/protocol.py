@@ -152,7 +152,11 @@ class Record:
     def name(self) -> str:
         """The model, with what is usually varied."""
         s = self.sampling
-        parts = [f"{s.steps} steps" if s.steps else "", s.solver or "", "live weights" if s.weights == "live" else ""]
+        parts = [
+            f"{s.steps} step{'' if s.steps == 1 else 's'}" if s.steps else "",
+            s.solver or "",
+            "live weights" if s.weights == "live" else "",
+        ]
         guidance = f"guidance {s.guidance_scale:g}" if s.guidance_scale is not None else ""
         settings = ", ".join(part for part in (*parts, guidance) if part)
         return f"{s.model} ({settings})" if settings else s.model
