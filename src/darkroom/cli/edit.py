@@ -230,7 +230,7 @@ def _make(
     try:
         with StepBar("editing", 100, "%") as bar:  # how many steps there are follows from the mask
             report = bar.update
-            result = editor(photo.values, mask, settings, lambda done, total: report(100 * done // total))
+            result = editor(photo.values, mask, settings, lambda done, total: report(max(1, 100 * done // total)))
     except DarkroomError as error:
         raise DarkroomError(f"{job.photo}: {error}") from None
     for image, record, path in zip(result.images, result.settings, job.outputs.values(), strict=True):

@@ -66,7 +66,7 @@ def windows_of(mask: np.ndarray, side: int, largest: int) -> list[Window]:
         extent = max(hole.box[2] - hole.box[0], hole.box[3] - hole.box[1])
         box = around(hole.box, max(side, 2 * extent), mask.shape)
         if max(box[2] - box[0], box[3] - box[1]) > largest:
-            windows += _parts(hole, mask, side, largest) or [Window(box, hole.box, hole)]
+            windows += _parts(hole, mask, largest) or [Window(box, hole.box, hole)]
             continue
         together = [other for other in waiting if _inside(other.box, box)]
         waiting = [other for other in waiting if not _inside(other.box, box)]
@@ -75,9 +75,10 @@ def windows_of(mask: np.ndarray, side: int, largest: int) -> list[Window]:
     return windows
 
 
-def _parts(hole: Hole, mask: np.ndarray, side: int, largest: int) -> list[Window]:
-    """Squares of `side` that cover a hole, each in a window of `largest`; none where too little is known around one."""
-    parts = []
+def _parts(hole: Hole, mask: np.ndarray, largest: int) -> list[Window]:
+    """Squares that cover a hole, each in a window of `largest` and three quarters as wide; none where too little is
+    known around one."""
+    parts, side = [], max(1, largest * 3 // 4)
     left, top, right, bottom = hole.box
     for y in range(top, bottom, side):
         for x in range(left, right, side):
