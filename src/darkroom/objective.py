@@ -63,6 +63,8 @@ class ObjectiveConfig(TimeSamplingConfig):
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise DarkroomError(f'"objective.draws" is {self.draws}: it must be at least 1')
+        if not 0 <= self.alone_rate <= 1:
+            raise DarkroomError(f'"objective.alone_rate" is {self.alone_rate:g}: give a share from 0 to 1')
 
 
 def denoising_loss(

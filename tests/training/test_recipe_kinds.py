@@ -63,3 +63,15 @@ def test_options_of_another_kind_are_unknown(tmp_path: Path) -> None:
         recipe(tmp_path, "base: shapes-tiny\ndenoiser: {network: {kind: dit, model_channels: 64}}\n")
     with pytest.raises(DarkroomError, match=r'"denoiser.network.kind" is .dti'):
         recipe(tmp_path, "base: shapes-tiny\ndenoiser: {network: {kind: dti}}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: shapes-tiny\nobjective: {alone_rate: 2}\n", '"objective.alone_rate" is 2: give a share from 0 to 1'),
+        ("base: first-stage-grain\nfirst_stage: {train: {grain_share: 3}}\n", "a share of 3 of the missing grain"),
+    ],
+)
+def test_what_is_used_late_is_checked_at_once(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DarkroomError, match=message):
+        recipe(tmp_path, text)

@@ -101,10 +101,10 @@ class Autoencoder(nn.Module):
             latent = self.quantize(latent)
         return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
 
-    def decode_parts(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, E, h, w), of VQ quantised -> the mean (B, C, H, W), and (B, 1, H, W) or None: the grain that `decode`
-        adds to it."""
-        return self.decoder.parts(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
+    def decode_mean(self, latent: Tensor) -> Tensor:
+        """(B, E, h, w), of VQ quantised -> (B, C, H, W): what `decode` gives, without the grain that it adds."""
+        mean: Tensor = self.decoder.conv_out(self.decoder_features(latent))
+        return mean
 
     def decoder_features(self, latent: Tensor) -> Tensor:
         """(B, E, h, w), of VQ quantised -> (B, C, H, W), of which the last convolution makes the mean image."""
@@ -216,13 +216,9 @@ class Decoder(nn.Module):
         self.grain = OutputGrain(width) if config.output_grain else None
 
     def forward(self, z: Tensor) -> Tensor:
-        mean, grain = self.parts(z)
-        return mean if grain is None else mean + grain
-
-    def parts(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The mean (B, C, H, W), and the grain (B, 1, H, W), of which the features before it learn nothing."""
         features = self.features(z)
-        return self.conv_out(features), None if self.grain is None else self.grain(features.detach())
+        mean: Tensor = self.conv_out(features)
+        return mean if self.grain is None else mean + self.grain(features.detach())  # noise has nothing to teach them
 
     def features(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

@@ -114,18 +114,17 @@ def fit_output_grain(autoencoder: Autoencoder, images: Iterable[Tensor], share: 
 
     A place p of an image x has the gradient energy E_x = |x(p) - x(p + right)|^2 + |x(p) - x(p + down)|^2. Grain of
     variance v adds v E_n to that of the mean m, E_n the energy of the noise. So v = w phi + b, phi the features and
-    their squares at the 3x3 places around, is fitted to (E_x - E_m) / E_n by least squares: right in sum, and where
-    features tell rough places from smooth ones, there. Both sides are means over small windows, which loses nothing, as
-    v is linear; one weight serves all nine places, which windows cannot tell apart. Squares are divided by E_m: at
-    outlines, energies are large, and so are their differences, of which little is grain.
+    their squares at the 3x3 places around, is fitted to (E_x - E_m) / E_n by least squares: right in (weighted) sum,
+    and where features tell rough places from smooth ones, there. Both sides are means over small windows, which loses
+    nothing, as v is linear; one weight serves all nine places, which windows cannot tell apart. Squares are divided by
+    E_m: at outlines, energies are large, and so are their differences, of which little is grain.
 
     images: batches (B, C, H, W) in [-1, 1]. share: of what lacks; 1 is all. Below it the squared error is smaller.
     """
     grain = autoencoder.decoder.grain
     if grain is None:
         raise DarkroomError('this decoder has no grain on its image: build it with "output_grain": true')
-    if not 0 <= share <= 2:
-        raise DarkroomError(f"a share of {share:g} of the missing grain: give a number from 0 to 2, 1 is all of it")
+    check_share(share)
     device, size = grain.noise.device, grain.variance.in_channels + 1
     normal, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     noise_energy = _local_energy(torch.cat([torch.cat([grain.noise] * 2, 2)] * 2, 3)).mean()
@@ -144,12 +143,18 @@ def fit_output_grain(autoencoder: Autoencoder, images: Iterable[Tensor], share: 
         target += weighted.T @ lacks
         count += len(rows)
     if not count:
-        raise DarkroomError("cannot measure the grain that no images lack: give at least one batch")
+        raise DarkroomError("no images to measure their grain on: give at least one batch")
     ridge = RIDGE * normal.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     solution = share**2 * torch.linalg.solve(normal + ridge, target)
     assert grain.variance.bias is not None
     grain.variance.weight.copy_((solution[:-1] / 9).view(1, -1, 1, 1).expand_as(grain.variance.weight))
     grain.variance.bias.copy_(solution[-1:])
+
+
+def check_share(share: float) -> None:
+    """Raises DarkroomError for what `fit_output_grain` cannot add."""
+    if not 0 <= share <= 2:
+        raise DarkroomError(f"a share of {share:g} of the missing grain: give a number from 0 to 2, 1 is all of it")
 
 
 def _local_energy(t: Tensor) -> Tensor:

@@ -291,7 +291,7 @@ class AutoencoderPhase(nn.Module):
             indices = codebook.nearest(z)
             quantised = codebook.lookup(indices)
             z = z if train_step < config.quantize_start else straight_through(z, quantised)
-        output, _ = self.autoencoder.decode_parts(z)
+        output = self.autoencoder.decode_mean(z)  # grain is no part of what is trained
         factor = delayed(config.discriminator_factor, train_step, config.discriminator_start)
         leaf = precise(output.detach()).requires_grad_()
         adversarial = distance = None

@@ -15,6 +15,7 @@ from darkroom.data.sources import DataConfig
 from darkroom.denoiser import DenoiserConfig
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.autoencoder import AutoencoderConfig
+from darkroom.first_stage.grain import check_share
 from darkroom.first_stage.statistics import LatentStatistics
 from darkroom.objective import ObjectiveConfig
 from darkroom.training.first_stage_step import FirstStageTrainConfig
@@ -46,6 +47,10 @@ class FirstStageRecipe(LoopConfig):
     latents: LatentStatistics = "global"
     autoencoder: AutoencoderConfig | None = field(default_factory=AutoencoderConfig)
     objective: FirstStageTrainConfig = field(default_factory=FirstStageTrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.grain_share)  # it is used when the training has ended
 
 
 @dataclass(frozen=True)
