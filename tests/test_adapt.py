@@ -189,6 +189,8 @@ def test_a_cache_of_another_autoencoder(cache: Path) -> None:
     moments = torch.cat(list(cached_moments(cache, prints[1])))
     with torch.no_grad():
         torch.testing.assert_close(moments, other.autoencoder.encode(images()).moments, rtol=1e-4, atol=1e-5)
+    with pytest.raises(DarkroomError, match="no such folder"):
+        darkroom.measure(other, cache / "none")
     with pytest.raises(DarkroomError, match="no latent cache"):
         darkroom.measure(other, cache.parent)
 

@@ -22,8 +22,8 @@ def reconstruct(first_stage: FirstStage, image: np.ndarray, tile: Tile = "auto")
         raise DarkroomError(f"an array of shape {image.shape} is not an image; give (H, W) or (H, W, C)")
     if (values.shape[2], str(values.dtype)) != (channels, pixels.dtype):
         raise DarkroomError(
-            f"the image has {_kind(values.shape[2], str(values.dtype))}, the model takes "
-            f"{_kind(channels, pixels.dtype)}; convert the image, or take another model"
+            f"the image has {sample_kind(values.shape[2], str(values.dtype))}, the model takes "
+            f"{sample_kind(channels, pixels.dtype)}; convert the image, or take another model"
         )
     if not np.isfinite(values).all():
         raise DarkroomError("the image holds values that are not finite (NaN or infinity); replace them by numbers")
@@ -44,5 +44,6 @@ def psnr(image: np.ndarray, other: np.ndarray, value_range: float) -> float:
     return float("inf") if error == 0 else 10 * float(np.log10(value_range**2 / error))
 
 
-def _kind(channels: int, dtype: str) -> str:
+def sample_kind(channels: int, dtype: str) -> str:
+    """For messages: "1 channel of uint16"."""
     return f"{channels} channel{'s' * (channels > 1)} of {dtype}"

@@ -37,6 +37,8 @@ def measure(
 
 def find_cache(folder: Path) -> Path:
     """The latent cache that a folder is or holds."""
+    if not folder.is_dir():
+        raise DarkroomError(f"{folder}: no such folder; give a run folder that has trained on latents")
     for place in (folder, folder / "train", folder / "latents" / "train"):
         if is_cache(place):
             return place

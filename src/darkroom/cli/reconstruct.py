@@ -76,6 +76,7 @@ def _read(path: Path, first_stage: FirstStage, convert: bool) -> np.ndarray:
     """(H, W, C) as the first stage takes it."""
     from darkroom.data.image_files import read_samples
     from darkroom.data.io import read_image
+    from darkroom.reconstruction import sample_kind
 
     pixels, channels = first_stage.pixels, first_stage.image_channels
     try:
@@ -85,9 +86,9 @@ def _read(path: Path, first_stage: FirstStage, convert: bool) -> np.ndarray:
     count, dtype = samples.values.shape[2], str(samples.values.dtype)
     if dtype == "int32" and samples.values.min() >= 0 and samples.values.max() <= 65535:
         dtype = "uint16"  # what older versions of Pillow make of 16-bit grey
-    if not convert and (count, dtype) != (channels, pixels.dtype):
-        raise DarkroomError(
-            f"{path} has {count} channels of {dtype}, the model takes {channels} of {pixels.dtype}; "
-            "--convert brings it there"
-        )
+    floats = dtype.startswith("float") and pixels.dtype != "float32"  # whose range nobody knows
+    if floats or (not convert and (count, dtype) != (channels, pixels.dtype)):
+        cure = f"save it as {pixels.dtype}" if floats else "--convert brings it there"
+        has, takes = sample_kind(count, dtype), sample_kind(channels, pixels.dtype)
+        raise DarkroomError(f"{path} has {has}, the model takes {takes}; {cure}")
     return read_image(path, None, channels, pixels=pixels)
