@@ -82,6 +82,8 @@ def test_it_trains_generates_and_is_saved(palette: ModuleType, tmp_path: Path) -
     assert both.images.shape[0] == 2 and np.abs(both.images[0].astype(int) - one.images[0]).max() <= 1
     with pytest.raises(DarkroomError, match="give 2 colours"):
         model.generate(palette=[[1, 0, 0]], seed=1)
+    with pytest.raises(DarkroomError, match="palette cannot be understood"):  # what its file does not check itself
+        model.generate(palette={"warm": 1}, seed=1)
     again = load(save(model, tmp_path / "model"))
     assert isinstance(again, LatentDiffusion)
     assert np.array_equal(again.generate(palette=warm, seed=1).images, one.images)

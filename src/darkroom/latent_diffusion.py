@@ -292,7 +292,7 @@ class LatentDiffusion(nn.Module):
             low, high = request.guidance_interval
             if not 0 <= low < high:
                 raise DarkroomError(
-                    f"guidance interval {low} to {high} is empty: give sigma/alpha, the lower one first"
+                    f"guidance interval {low:g} to {high:g}: give two sigma/alpha, 0 or more, the lower one first"
                 )
         if not 0 <= request.guidance_rescale <= 1:
             raise DarkroomError(f"guidance rescale is {request.guidance_rescale}: it must be from 0 (off) to 1")

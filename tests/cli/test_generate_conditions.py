@@ -35,6 +35,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = open_dataset(DATA)[0]
     (folder / "boxes.json").write_text(json.dumps(BOXES))
     Image.fromarray(one["segmentation"].numpy().astype(np.uint8)).save(folder / "map.png")
+    Image.new("L", (32, 32)).save(folder / "map.jpg")
+    (folder / "two.json").write_text(json.dumps([BOXES, []]))
     Image.fromarray(one["image"].permute(1, 2, 0).numpy()).save(folder / "image.png")
     Image.fromarray(one["low_resolution"].permute(1, 2, 0).numpy()).save(folder / "low.png")
     Image.fromarray((one["repaint_mask"][0].numpy() * 255).astype(np.uint8)).save(folder / "mask.png")
@@ -100,12 +102,59 @@ def test_boxes_alone_are_inside_the_image(run: Any, places: Path) -> None:
     assert np.array_equal(pixels("one.png"), pixels("two.png"))
 
 
+def test_guidance_of_what_takes_no_part_is_told(run: Any, places: Path) -> None:
+    words = ["generate", "a red circle", "-m", places / "layout", "-o", "one.png"]
+    status, _, error = run(*words, "--guidance", "boxes=3")
+    assert status == 0 and "note: boxes was not given: its --guidance changes nothing" in error
+    assert run(*words, "--guidance", "text=3")[2] == ""
+    depth = ["generate", "--depth", places / "depth.npy", "-m", places / "depth", "--guidance", "depth=3"]
+    assert "note: depth is never guided away from" in run(*depth, "-o", "two.png")[2]
+
+
+def test_a_grid_of_several_batches_is_repeated(run: Any, places: Path) -> None:
+    words = ["--boxes", places / "two.json", "--seed", "3..4", "--segmentation", places / "map.png", "--grid"]
+    assert run("generate", *words, "--batch-size", 1, "-m", places / "layout", "-o", "one.png")[0] == 0
+    assert len(read_settings(Path("one.png"))["request"]["conditions"]["boxes"]) == 2
+    again = ["--from", "one.png", "--segmentation", places / "map.png", "-m", places / "layout"]
+    status, _, error = run("generate", *again, "-o", "two.png")
+    assert status == 0, error
+    assert np.array_equal(pixels("one.png"), pixels("two.png"))
+
+
 def test_another_file_is_noticed(run: Any, refused: Any, places: Path) -> None:
     base = ["generate", "-m", places / "layout"]
     assert run(*base, "--segmentation", places / "map.png", "-o", "one.png")[0] == 0
     Image.fromarray(np.zeros((32, 32), np.uint8)).save("other.png")
     line = refused(*base, "--from", "one.png", "--segmentation", "other.png", "-o", "two.png")
     assert "other.png is not the segmentation that this image was made with" in line
+
+
+def test_info_tells_conditions_and_how_to_repeat(run: Any, places: Path) -> None:
+    words = ["generate", "--boxes", places / "boxes.json", "--segmentation", places / "map.png"]
+    more = ["--guidance-interval", 0.3, 5, "--guidance", "boxes=3"]
+    assert run(*words, *more, "-m", places / "layout", "-o", "one.png")[0] == 0
+    said = run("info", "one.png")[1]
+    assert '  boxes: [{"class": "circle", "bbox": [0.1, 0.2, 0.5, 0.75]}]\n' in said
+    assert '  guidance: {"boxes": 3.0}\n  guidance interval: [0.3, 5.0]\n' in said
+    command = "generate --from one.png -m MODEL --segmentation FILE"
+    assert said.endswith(f"darkroom {command}\n")
+    again = [{"MODEL": places / "layout", "FILE": places / "map.png"}.get(word, word) for word in command.split()]
+    assert run(*again, "-o", "two.png")[0] == 0
+    assert np.array_equal(pixels("one.png"), pixels("two.png"))
+    assert (
+        run(
+            "generate", "--condition", f"embedding={places / 'vector.npy'}", "-m", places / "vector", "-o", "three.png"
+        )[0]
+        == 0
+    )
+    assert run("info", "three.png")[1].endswith("-m MODEL --condition embedding=FILE\n")
+    assert (
+        run("generate", "a", "b", "-m", places / "layout", "--boxes", places / "two.json", "--grid", "-o", "four.png")[
+            0
+        ]
+        == 0
+    )
+    assert "[0.1, 0.2, 0.5, 0.75]}] (of the first image)\n" in run("info", "four.png")[1]
 
 
 def test_the_size_follows_the_picture(run: Any, places: Path) -> None:
@@ -125,6 +174,12 @@ def test_the_size_follows_the_picture(run: Any, places: Path) -> None:
     [
         ("layout", ["--boxes", "none.json"], "--boxes none.json: cannot be read: no such file"),
         ("layout", ["--depth", "{}/depth.npy"], "this model does not take 'depth'"),
+        ("layout", ["--condition", "segmentaton={}/map.png"], r"'segmentaton' \(did you mean \"segmentation\"\?\)"),
+        ("layout", ["--condition", "boxes={}/boxes.json", "--boxes", "b.json"], "a file for boxes already"),
+        ("layout", ["--segmentation", "{}"], "cannot be read: it is a folder"),
+        ("layout", ["--segmentation", "{}/map.jpg"], "label map as JPEG"),
+        ("layout", ["--segmentation", "{}/depth.npy"], "segmentation holds float32; give whole numbers"),
+        ("vector", ["--condition", "embedding={}/boxes.json"], "embedding"),
         ("layout", ["--segmentation", "{}/image.png"], "--segmentation .* label map of mode RGB"),
         ("layout", ["--boxes", "{}/image.png"], "cannot be read: boxes are a .json"),
         ("hole", ["--mask", "{}/mask.png"], "repaint_mask needs image beside it"),

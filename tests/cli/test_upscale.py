@@ -57,7 +57,7 @@ def test_a_photo_beside_which_the_result_is_written(run: Run, model: str) -> Non
     first = Path(out.strip()).read_bytes()
     run("upscale", "pictures/photo.jpg", "-m", model, "--seed", 5, "--steps", 2, "--overwrite")
     assert Path(out.strip()).read_bytes() == first
-    assert run("info", out.strip())[0] == 0
+    assert "made by darkroom upscale: repeat that command" in run("info", out.strip())[1]
 
 
 def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> None:

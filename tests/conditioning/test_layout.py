@@ -12,7 +12,7 @@ from parity_data import PARITY, weights
 from darkroom.build import build_conditioner, conditioner_config
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.layout import BoxTokens, LayoutEncoder, LayoutEncoderConfig
-from darkroom.errors import DarkroomError
+from darkroom.errors import DarkroomError, DarkroomWarning
 from darkroom.networks.text import TextTransformer, TextTransformerConfig
 
 CLASSES = ["fox", "box", "cat"]
@@ -119,6 +119,13 @@ def test_more_objects_than_there_is_room_for() -> None:
     assert torch.equal(tokens.encode(three), tokens.encode(BOXES[0]))
 
 
+def test_more_boxes_than_there_is_room_for_are_told() -> None:
+    rows = [("cat", 0, 0, 0.5, i / 8) for i in (1, 2, 3, 4)]
+    with pytest.warns(DarkroomWarning, match="4 boxes for one image, but this model takes 3"):
+        read = encoder(max_objects=3).from_request("boxes", rows, (8, 8))
+    assert read[:, 4].tolist() == [1 / 8, 2 / 8, 3 / 8]
+
+
 def test_objects_come_in_any_order_in_training_only() -> None:
     conditioner = Conditioner({"boxes": encoder(drop_rate=0.0)})
     batch = {"boxes": [BOXES[0]] * 16}
@@ -156,7 +163,8 @@ def test_boxes_as_someone_writes_them() -> None:
         assert torch.equal(built.from_request("boxes", value, (8, 8)), expected)
     assert built.from_request("boxes", [], (8, 8)).shape == (0, 5)
     assert built.several([written, rows]) and built.several([expected]) and built.several([[], written])
-    assert not any(built.several(one) for one in (written, rows, expected, []))
+    assert not any(built.several(one) for one in (written, rows, expected, [], 3, [3], [expected.numpy()[0]]))
+    assert torch.equal(built.from_request("boxes", written[0], (8, 8)), expected[:1])  # one, without a list
     recorded = built.record("boxes", expected)
     assert recorded[0] == {"class": "cat", "bbox": [0.0, 0.25, 0.5, 1.0]}
     torch.testing.assert_close(built.from_request("boxes", recorded, (8, 8)), expected)
@@ -166,11 +174,15 @@ def test_boxes_as_someone_writes_them() -> None:
     ("value", "message"),
     [
         ("fox", "give a list"),
-        ([("dog", 0, 0, 1, 1)], "'dog' is not known; this model has fox, box, cat"),
+        (3, "give a list"),
+        ([3], "3 is not a box"),
+        ({"boxes": []}, "is not a box"),
+        ([("dog", 0, 0, 1, 1)], r"'dog' is not known \(known: fox, box, cat\)"),
+        ([("Cat", 0, 0, 1, 1)], r"'Cat' is not known \(did you mean \"cat\"\?\)"),
         ([(3, 0, 0, 1, 1)], "3 is not known"),
         ([("fox", 0, 0, 1)], "is not a box"),
         ([{"class": "fox"}], "is not a box"),
-        ([("fox", 0.5, 0, 0.5, 1)], "divided by width and height"),
+        ([("fox", 0.5, 0, 0.5, 1)], "with x0 < x1 and y0 < y1"),
         ([("fox", 10, 10, 30, 30)], "divided by width and height"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +49,10 @@ def given_files(options: Mapping[str, Any]) -> dict[str, Path]:
         field, equals, name = text.partition("=")
         if not equals or not field or not name:
             raise DarkroomError(f"--condition {text}: give FIELD=FILE")
-        files[field.replace("-", "_")] = Path(name)
+        field = field.replace("-", "_")
+        if field in files:
+            raise DarkroomError(f"--condition {text}: there is a file for {field} already; give one")
+        files[field] = Path(name)
     return files
 
 
@@ -81,7 +84,8 @@ def read_files(model: LatentDiffusion, files: Mapping[str, Path], size: tuple[in
         try:
             conditions[field] = _read(model, field, path, size, getattr(encoder, "config", None))
         except (OSError, ValueError, SyntaxError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
+            known: dict[type[Exception], str] = {FileNotFoundError: "no such file", IsADirectoryError: "it is a folder"}
+            reason = known.get(type(error)) or str(error).split("\n")[0]
             raise DarkroomError(f"{flag_of(field)} {path}: cannot be read: {reason}") from None
     return conditions
 
@@ -123,6 +127,18 @@ def _size_of(path: Path) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError) as error:
         raise DarkroomError(f"{path} cannot be read as a picture: {str(error).splitlines()[0]}") from None
     return values.shape[1], values.shape[0]
+
+
+def idle_guidance(
+    model: LatentDiffusion, scales: Mapping[str, float], asked: Collection[str], size: tuple[int, int]
+) -> list[str]:
+    """Why scales of single conditions change nothing, of those that do not; asked: the fields that were given."""
+    from darkroom.conditioning.requests import named_encoders
+
+    encoders = dict(named_encoders(model.conditioner))
+    missing = [n for n in scales if encoders[n].from_size(size) is None and not {*encoders[n].fields} & {*asked}]
+    staying = [n for n in scales if encoders[n].stays and n not in missing]
+    return [f"{n} was not given" for n in missing] + [f"{n} is never guided away from" for n in staying]
 
 
 def recorded_conditions(

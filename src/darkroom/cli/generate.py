@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from darkroom.cli.adapters import adapter_options, digests_of, given_adapters, note_places, recorded_adapters
-from darkroom.cli.conditions import condition_options, given_files
+from darkroom.cli.conditions import condition_options, given_files, idle_guidance
 from darkroom.errors import DarkroomError
 
 if TYPE_CHECKING:
@@ -214,10 +214,14 @@ def _generate(given: Given) -> None:
         noise_level=given.noise_level,
     )
     _make(model, request, target, given, preview=preview)
-    if model.conditioner.fields and not (subjects or conditions):
+    typed = {"text": given.prompts or given.negative_prompt, "class_label": given.classes}
+    asked = [*conditions, *(field for field, value in typed.items() if value)]
+    for reason in idle_guidance(model, request.guidance or {}, asked, size):
+        click.echo(f"note: {reason}: its --guidance changes nothing", err=True)
+    if model.conditioner.fields and not asked:
         ways = {"text": "a prompt", "class_label": "--class"}
-        asked = " or ".join(ways.get(field, field) for field in model.conditioner.fields)
-        click.echo(f"note: nothing was asked for ({asked}): the pictures are of anything the model knows", err=True)
+        takes = " or ".join(ways.get(field, field) for field in model.conditioner.fields)
+        click.echo(f"note: nothing was asked for ({takes}): the pictures are of anything the model knows", err=True)
 
 
 def _size(given: Given, model: LatentDiffusion) -> tuple[int, int]:
@@ -518,6 +522,11 @@ def _write_grid(
     for name in ("prompts", "class_labels", "seeds"):
         if request[name] is not None:
             request[name] = [settings["request"][name][settings["index"]] for _, settings in images]
+    if request["conditions"] is not None:
+        request["conditions"] = {
+            field: [settings["request"]["conditions"][field][settings["index"]] for _, settings in images]
+            for field in request["conditions"]
+        }
     picture = image_grid([image for image, _ in images], columns, pixels=pixels)
     write_png(path, picture, png_text({**first, "request": request, "index": None}))
     return path

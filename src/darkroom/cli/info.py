@@ -162,11 +162,37 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             lines.append(f"    ... {len(facts['tensors']) - 8} more (--json shows all)")
     lines += [f"  {key}: {value}" for key, value in facts.get("parameters", {}).items()] if "size" in facts else []
     if "record" in facts:
-        record = facts["record"]
-        count, index = len(record["request"].get("seeds") or []), record.get("index")
-        which = f"image {index + 1} of {count}" if isinstance(index, int) else f"a grid of {count}"
-        lines.append(f"  repeat it ({which} in its batch) with: darkroom generate --from {facts['path']}")
+        lines += _record_lines(facts["record"], facts["path"])
     return lines
+
+
+def _record_lines(record: dict[str, Any], path: str) -> list[str]:
+    """What an image was made from beside its prompt, and how to make it again."""
+    for command in ("upscale", "edit"):
+        if command in record:
+            return [f"  made by darkroom {command}: repeat that command on the picture it was made of"]
+    from darkroom.cli.conditions import flag_of
+    from darkroom.model_folder import bundled
+
+    request, index = record["request"], record.get("index")
+    count = len(request.get("seeds") or [])
+    lines, command = [], f"darkroom generate --from {path}"
+    source, name = (str(record.get("model", {}).get(key) or "") for key in ("source", "name"))
+    if not (source and Path(source).exists()) and not {source, name} & {*bundled()}:
+        command += " -m MODEL"
+    for field, values in (request.get("conditions") or {}).items():
+        value = values[index if isinstance(index, int) and index < len(values) else 0]
+        if isinstance(value, dict) and "sha256" in value:
+            flag = flag_of(field)
+            command += f" {flag}FILE" if flag.endswith("=") else f" {flag} FILE"
+            value = f"SHA-256 {value['sha256'][:10]}"
+        others = " (of the first image)" if index is None and any(v != values[0] for v in values) else ""
+        lines.append(f"  {field}: {_short(value)}{others}")
+    for key in ("guidance", "guidance_interval", "noise_level"):
+        if request.get(key) is not None:
+            lines.append(f"  {key.replace('_', ' ')}: {_short(request[key])}")
+    which = f"image {index + 1} of {count}" if isinstance(index, int) else f"a grid of {count}"
+    return [*lines, f"  repeat it ({which} in its batch) with: {command}"]
 
 
 def _model_lines(facts: dict[str, Any]) -> list[str]:

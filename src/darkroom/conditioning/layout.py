@@ -7,17 +7,20 @@ A corner is one number, its place on a grid of `sections` x `sections`. Shapes: 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
+from difflib import get_close_matches
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from darkroom.conditioning.encoder import ConditionEncoder, DataFacts, EncoderConfig, Parts
 from darkroom.conditioning.types import Conditioning
-from darkroom.errors import DarkroomError
+from darkroom.config import nearest
+from darkroom.errors import DarkroomError, warn
 
 TOKENS_OF_A_BOX = 3
 
@@ -167,9 +170,13 @@ class LayoutEncoder(ConditionEncoder):
     def from_request(self, field: str, value: Any, size: tuple[int, int]) -> Tensor:
         """Boxes as {"class": name or number, "bbox": [x0, y0, x1, y1]}, as (class, x0, y0, x1, y1), or as an array
         (n, 5) with numbers for classes; coordinates are divided by width and height."""
-        if isinstance(value, str):
+        boxes = [value] if isinstance(value, dict) else value
+        if isinstance(boxes, str) or not isinstance(boxes, Iterable):
             raise DarkroomError('boxes: give a list like [("circle", 0.1, 0.2, 0.5, 0.9)]')
-        return torch.tensor([self._row(box) for box in value], dtype=torch.float32).reshape(-1, 5)
+        rows = [self._row(box) for box in boxes]
+        if len(rows) > (most := self.config.max_objects):
+            warn(f"{len(rows)} boxes for one image, but this model takes {most}: the last are left out")
+        return torch.tensor(rows[:most], dtype=torch.float32).reshape(-1, 5)
 
     def _row(self, box: Any) -> list[float]:
         try:
@@ -183,7 +190,8 @@ class LayoutEncoder(ConditionEncoder):
             ) from None
         if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
             raise DarkroomError(
-                f"box {[x0, y0, x1, y1]} is not x0, y0, x1, y1 divided by width and height, from 0 to 1"
+                f"box {[x0, y0, x1, y1]} is not x0, y0, x1, y1 divided by width and height, from 0 to 1, with x0 < x1 "
+                "and y0 < y1"
             )
         return [float(self._class(name)), x0, y0, x1, y1]
 
@@ -195,8 +203,10 @@ class LayoutEncoder(ConditionEncoder):
         except (TypeError, ValueError):
             number = -1
         if not 0 <= number < self.tokens.classes:
-            known = ", ".join(self.config.classes[:8]) + (", ..." if len(self.config.classes) > 8 else "")
-            raise DarkroomError(f"box class {name!r} is not known; this model has {known}")
+            classes = self.config.classes
+            few = classes if len(classes) <= 8 else [*classes[:8], "..."]
+            known = get_close_matches(str(name), classes, n=1, cutoff=0.5) or few
+            raise DarkroomError(f"box class {name!r} is not known{nearest(str(name), known)}")
         return number
 
     def several(self, value: Any) -> bool:
@@ -204,8 +214,9 @@ class LayoutEncoder(ConditionEncoder):
         if not isinstance(value, (list, tuple)) or not value:
             return False
         first = value[0]
-        is_box = isinstance(first, dict) or (len(first) > 0 and isinstance(first[0], (str, int, float)))
-        return not is_box
+        if isinstance(first, (list, tuple)):
+            return not first or isinstance(first[0], (dict, list, tuple, np.ndarray, Tensor))
+        return isinstance(first, (np.ndarray, Tensor)) and first.ndim == 2
 
     def record(self, field: str, value: Any) -> Any:
         names, count = self.config.classes, len(self.config.classes)

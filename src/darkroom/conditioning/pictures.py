@@ -57,7 +57,8 @@ def as_labels(name: str, value: Any, size: tuple[int, int], count: int) -> Tenso
     """(H, W) integers -> int64 (H, W) of ids below count; 255 stands for no label."""
     numbers = _plane(name, value, size)[0]
     if numbers.dtype.is_floating_point:
-        raise DarkroomError(f"{name} holds {numbers.dtype}; give whole numbers, one class id per pixel")
+        kind = str(numbers.dtype).removeprefix("torch.")
+        raise DarkroomError(f"{name} holds {kind}; give whole numbers, one class id per pixel")
     labels = numbers.long()
     known = labels[labels != 255]
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from darkroom.conditioning.conditioner import Conditioner
 from darkroom.conditioning.encoder import ConditionEncoder
+from darkroom.config import understanding
 from darkroom.errors import DarkroomError
 
 
@@ -29,7 +31,9 @@ def encoder_of(conditioner: Conditioner, field: str) -> ConditionEncoder:
         if field in encoder.fields:
             return encoder
     takes = " or ".join(sorted(conditioner.fields)) or "no condition at all"
-    raise DarkroomError(f"this model does not take {field!r}: it was trained with {takes}")
+    close = get_close_matches(field, conditioner.fields, n=1)
+    hint = f' (did you mean "{close[0]}"?)' if close else ""
+    raise DarkroomError(f"this model does not take {field!r}{hint}: it was trained with {takes}")
 
 
 def read_conditions(
@@ -46,10 +50,11 @@ def read_conditions(
         if value is None:
             continue
         encoder = encoder_of(conditioner, field)
-        values = list(value) if encoder.several(value) else [value]
-        if not values:
-            raise DarkroomError(f"{field}: the list is empty; give one value per image, or one for all")
-        read[field] = [encoder.from_request(field, v, (width, height)) for v in values]
+        with understanding(field, "a condition of this model"):
+            values = list(value) if encoder.several(value) else [value]
+            if not values:
+                raise DarkroomError(f"{field}: the list is empty; give one value per image, or one for all")
+            read[field] = [encoder.from_request(field, v, (width, height)) for v in values]
     for encoder in encoders_of(conditioner):
         there = [field for field in encoder.fields if field in read]
         if there and len(there) < len(encoder.fields):

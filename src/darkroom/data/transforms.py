@@ -165,6 +165,8 @@ NO_LABEL = 255
 
 def labels_to_network(labels: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """RULE for a label map: uint8 (H, W)."""
+    if labels.format == "JPEG":
+        raise ValueError("label map as JPEG, which changes the class ids at every outline; expected a PNG")
     labels = ImageOps.exif_transpose(labels)
     if labels.mode not in ("L", "P"):
         raise ValueError(f"label map of mode {labels.mode}; expected one 8-bit channel of class ids")
