@@ -203,6 +203,12 @@ def is_weight_file(path: Path) -> bool:
 
 def instead_of_weights(start: bytes) -> str:
     """What a file that begins so holds in the place of weights, and what to do about it."""
+    if start[8:10] == b'{"':
+        return "it is a safetensors file by another name: give it a name that ends in .safetensors"
+    if start.startswith(b"PK\x03\x04"):
+        return "it is a zip file; if torch wrote it, give it a name that ends in .ckpt"
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff")):
+        return "it is a picture; give a weight file (.safetensors or .ckpt)"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"version https://git-lfs"):
         return "it is a pointer of git-lfs, which stands for the file: run `git lfs pull`, or download the file itself"

@@ -107,10 +107,7 @@ def _opened(path: Path) -> Iterator[_TorchZip]:
         if start[:2] != b"PK":
             if start[:1] in (b"\x80", b"(", b"c", b"}", b"]"):
                 _refuse_plain_pickle(path, file)
-            raise DarkroomError(
-                f"{path} is not a checkpoint, neither a torch zip file nor a safetensors file: "
-                f"{instead_of_weights(start)}"
-            )
+            raise DarkroomError(f"{path} is not a checkpoint of torch: {instead_of_weights(start)}")
         if _directory_bytes(file, size) > MAX_DIRECTORY_BYTES:
             raise DarkroomError(f"{path} is a zip file of too many entries; not a model")
         try:

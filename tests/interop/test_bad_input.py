@@ -40,6 +40,7 @@ def cin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "download the file itself"),
         (b"weights of my model\n" * 9, "it holds text; give a weight file"),
         (b"hi\n", "give a weight file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(90), "it is a picture; give a weight file"),
         (bytes(range(200, 256)) * 3, "copy or download it again"),
     ],
 )
@@ -50,6 +51,19 @@ def test_files_that_are_no_weights(content: bytes, cure: str, suffix: str, tmp_p
     for command in (("info", path), ("convert", path, tmp_path / "out"), ("generate", "-m", path, "a fox")):
         words = refused(*command)
         assert str(path) in words and cure in words
+
+
+def test_weights_by_another_name(cin: Path, tmp_path: Path, refused: Refused) -> None:
+    write_safetensors(tmp_path / "a.safetensors", {"weight": torch.ones(1)})
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.ckpt")
+    (tmp_path / "b.safetensors").write_bytes(cin.read_bytes())
+    for name, cure in (("a.ckpt", "ends in .safetensors"), ("b.safetensors", "ends in .ckpt")):
+        for command in (("info", tmp_path / name), ("convert", tmp_path / name, tmp_path / "out")):
+            words = refused(*command)
+            assert "file by another name: " in words if name == "a.ckpt" else "it is a zip file" in words
+            assert cure in words
+    (tmp_path / "a.ckpt").rename(tmp_path / "a.jpg")
+    assert "neither an image nor a model: it is a safetensors file" in refused("info", tmp_path / "a.jpg")
 
 
 def test_folders_that_are_no_models(cin: Path, tmp_path: Path, refused: Refused) -> None:

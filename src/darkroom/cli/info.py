@@ -50,6 +50,7 @@ def _image(path: Path) -> dict[str, Any]:
 
     from darkroom.data.image_files import DEEP_SUFFIXES, read_samples
     from darkroom.png_settings import PARAMETERS, RECORD, parse_parameters, parse_record, read_png_text
+    from darkroom.safe_files import START_BYTES, instead_of_weights, open_for_reading
 
     facts: dict[str, Any] = {"path": str(path)}
     deep = path.suffix.lower() in DEEP_SUFFIXES
@@ -65,9 +66,11 @@ def _image(path: Path) -> dict[str, Any]:
                 facts |= {"kind": f"{image.format} image", "size": f"{image.width}x{image.height}", "mode": image.mode}
                 has_text = image.format == "PNG"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise DarkroomError(
-            f"{path} is neither an image nor a model; give a model folder, a weight file or a PNG"
-        ) from None
+        with open_for_reading(path) as (file, _):
+            start = file.read(START_BYTES)
+        weights = start[8:10] == b'{"' or start[:2] == b"PK"
+        cure = f": {instead_of_weights(start)}" if weights else "; give a model folder, a weight file or a PNG"
+        raise DarkroomError(f"{path} is neither an image nor a model{cure}") from None
     text = read_png_text(path) if has_text else {}
     if PARAMETERS in text:
         facts["parameters"] = parse_parameters(text[PARAMETERS])
