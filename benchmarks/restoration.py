@@ -121,6 +121,9 @@ class RestorationEvaluation(Evaluation):
     def _samples(self, size: tuple[int, int]) -> Any:
         return self._given
 
+    def possible(self) -> dict[str, bool]:
+        return super().possible() | {"pairs": True}  # every row has its checks, a formula's too
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         made = "formula" if self._maker is None else module_hash(self._maker)

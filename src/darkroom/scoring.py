@@ -270,11 +270,17 @@ class Evaluation:
 
     def _check_possible(self) -> None:
         """What was asked for by name and cannot be made is told before anything is."""
+        for metric, so in self.possible().items():
+            if self.request.insists(metric) and not so:
+                raise DarkroomError(f'metric "{metric}" {NEEDS[metric]}; leave it out')
+
+    def possible(self) -> dict[str, bool]:
+        """Of metrics that not all pictures can have: can these?"""
         generated = isinstance(self.source, GeneratedPictures)
         fields = self.source.fields if isinstance(self.source, GeneratedPictures) else []
         classes = self.dataset.class_names if len(self.dataset.class_names) > 1 else None
         own = self.dataset if generated else self.source.dataset
-        possible = {
+        return {
             "is": self.extractor.has_classes,
             "accuracy": own is not None and own.class_names == classes and (not generated or "class_label" in fields),
             "pairs": any(field in fields for field in PAIRED),
@@ -282,9 +288,6 @@ class Evaluation:
             "agreement": is_shapes_set(self.dataset) and bool(fields),
             "bits": generated,
         }
-        for metric, so in possible.items():
-            if self.request.insists(metric) and not so:
-                raise DarkroomError(f'metric "{metric}" {NEEDS[metric]}; leave it out')
 
     def _points(self) -> list[tuple[str, float, GeneratedPictures]]:
         """Of the curves: (setting, its value, the images made so). Settings that cannot be are told now."""
