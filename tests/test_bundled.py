@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import darkroom
 from darkroom.evaluation.metrics import gradient_energy, psnr
+from darkroom.features.perceptual import load_perceptual
 from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
 from darkroom.model_folder import BUNDLED
@@ -50,6 +52,26 @@ def test_the_bundled_first_stages_on_pictures_they_never_saw(
         assert 0.8 < sharpness < 1.15, kind
         assert 0.7 < float(latent.std()) < 1.3  # the latents' scale is that of the model
     assert flat_colour_test(first_stage).colour_error < flat  # of 255
+
+
+def test_the_bundled_super_resolution_is_nearer_to_the_truth_than_bicubic() -> None:
+    """By the perceptual distance, and the small picture comes back; its first stage is the bundled one."""
+    assert '"name": "first-stage-f4"' in (BUNDLED / "clothing-sr" / "darkroom.json").read_text()
+    images = held_out("clothing")[:4]
+    values = ((images + 1) * 127.5).round().to(torch.uint8)
+    small = F.interpolate(images, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+    small = ((small + 1) * 127.5).round()
+    enlarged = F.interpolate(small / 127.5 - 1, size=(128, 128), mode="bicubic").clamp(-1, 1)
+    made = [
+        darkroom.upscale(picture.byte().permute(1, 2, 0).numpy(), "clothing-sr", consistency=True, device="cpu")
+        for picture in small
+    ]
+    drawn = torch.stack([torch.from_numpy(m.image) for m in made]).permute(0, 3, 1, 2)
+    distance, truth = load_perceptual(), values.float() / 127.5 - 1
+    ours, bicubic = (float(distance(truth, x).mean()) for x in (drawn.float() / 127.5 - 1, enlarged))
+    assert ours < 0.5 * bicubic
+    assert all(m.difference < 0.5 for m in made)
+    assert sum(p.stat().st_size for p in (BUNDLED / "clothing-sr").rglob("*.safetensors")) <= 6 * 2**20
 
 
 @pytest.mark.parametrize("name", ["first-stage-f4", "first-stage-f8"])

@@ -300,6 +300,18 @@ def test_model_card_of_class_and_unconditional_models() -> None:
     assert "Not recorded." in empty and "None measured." in empty and "Not stated." in empty
 
 
+@pytest.mark.parametrize(
+    ("field", "command", "call"),
+    [
+        ("low_resolution", "darkroom upscale -m sr photo.png", 'darkroom.upscale(image, "sr", seed=0)'),
+        ("repaint_mask", "darkroom edit -m sr photo.png --mask mask.png", 'darkroom.edit(image, mask, "sr")'),
+    ],
+)
+def test_model_card_of_a_model_that_works_on_photos(field: str, command: str, call: str) -> None:
+    card = model_card({"load": "sr", "conditioning": ["image", field]})
+    assert command in card.splitlines() and call in card and "generate" not in card
+
+
 def test_model_card_of_a_first_stage() -> None:
     card = model_card({"kind": "FirstStage", "load": "first-stage-f4", "name": "x", "downsampling": 4})
     assert "A first stage made with Darkroom." in card and "| downsampling f | 4 |" in card

@@ -130,6 +130,7 @@ def whole_model(model: LatentDiffusion, place: Path, args: argparse.Namespace) -
         info
         | summary
         | {
+            "load": args.name,
             "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()},
             "image_size": info["defaults"]["size"],
             "downsampling": model.downsampling,

@@ -88,8 +88,13 @@ def _pixels(info: Mapping[str, Any]) -> Mapping[str, Any]:
 def _usage(info: Mapping[str, Any]) -> list[str]:
     if info.get("kind") == "FirstStage":
         return _usage_of_a_first_stage(str(info.get("load") or "FOLDER"))
+    name, conditions = str(info.get("load") or "FOLDER"), as_list(info.get("conditioning"))
+    if "low_resolution" in conditions:
+        return _usage_on_photos(f"upscale -m {name} photo.png", f'upscale(image, "{name}", seed=0)')
+    if "repaint_mask" in conditions:
+        return _usage_on_photos(f"edit -m {name} photo.png --mask mask.png", f'edit(image, mask, "{name}")')
     prompts, classes = as_list(info.get("prompts")), as_list(info.get("classes"))
-    if prompts or "text" in as_list(info.get("conditioning")):
+    if prompts or "text" in conditions:
         prompt = str(prompts[0]) if prompts else "words like those of its captions"
         shell, call = f' "{prompt}"', f'"{prompt}", '
     elif classes:
@@ -100,16 +105,21 @@ def _usage(info: Mapping[str, Any]) -> list[str]:
     picture = "picture.tif" if dtype == "float32" or int(info.get("channels") or 3) > 4 else "picture.png"
     return [
         "```bash",
-        f"darkroom generate -m FOLDER{shell} --seed 0 -o {picture}",
+        f"darkroom generate -m {name}{shell} --seed 0 -o {picture}",
         "```",
         "",
         "```python",
         "import darkroom",
         "",
-        'model = darkroom.load("FOLDER")',
+        f'model = darkroom.load("{name}")',
         f"result = model.generate({call}seed=[0, 1, 2, 3])  # result.images: (4, H, W, C) {dtype}",
         "```",
     ]
+
+
+def _usage_on_photos(command: str, call: str) -> list[str]:
+    python = ["import darkroom", "", f"result = darkroom.{call}  # arrays (H, W, C) of 8 or 16 bits"]
+    return ["```bash", f"darkroom {command}", "```", "", "```python", *python, "```"]
 
 
 def _usage_of_a_first_stage(name: str) -> list[str]:
