@@ -31,6 +31,8 @@ from darkroom.upscaling.consistency import consistent
 from darkroom.upscaling.windows import WindowedDenoise, make_windows
 
 DEFAULT_MODEL = "clothing-sr"
+# Windows larger than what the model was trained at are better and faster: fewer borders, and less is averaged away.
+WINDOW_SIZES = 4
 DECODER_MEMORY_GB = 1.5  # beyond the picture itself; larger decoders' maps go to temporary files
 Progress = Callable[[str, float, int], None]
 
@@ -41,9 +43,9 @@ class UpscaleSettings:
 
     seed, steps, solver, guidance_scale, eta, noise_level, prompt: as in `Request`
     consistency: the result made smaller is the picture: see `upscaling.consistency`
-    window: side of the windows in pixels of the result; None: twice the size that the model was trained at
+    window: side of the windows in pixels of the result; None: four times the size that the model was trained at
     overlap: what neighbouring windows share at least, in pixels of the result; None: a quarter of the window
-    batch_size: windows at a time
+    batch_size: windows at a time; None: as many as hold as much as the model's own batch of images
     """
 
     seed: int = 0
@@ -124,7 +126,7 @@ class Upscaler:
     def window(self, settings: UpscaleSettings) -> tuple[int, int]:
         """(side, overlap) in latent places."""
         f, multiple = self.model.downsampling, self._multiple
-        pixels = settings.window or 2 * max(self.model.defaults["size"])
+        pixels = settings.window or WINDOW_SIZES * max(self.model.defaults["size"])
         side = max(pixels // (f * multiple), 1) * multiple
         overlap = side // 4 if settings.overlap is None else -(-settings.overlap // f)
         if not 0 <= 2 * overlap <= side:
@@ -133,6 +135,11 @@ class Upscaler:
                 "--overlap or --window"
             )
         return side, overlap
+
+    def _windows_at_a_time(self, settings: UpscaleSettings) -> int:
+        side = self.window(settings)[0] * self.model.downsampling
+        width, height = self.model.defaults["size"]
+        return max(1, int(self.model.defaults["batch_size"]) * width * height // side**2)
 
     def check_memory(self, width: int, height: int, bits: int = 8) -> None:
         """Complain before any work is done when the result does not fit in memory."""
@@ -230,7 +237,7 @@ class Upscaler:
                 solver=settings.solver,
                 eta=settings.eta,
                 size=(canvas.small[0] * self.factor, canvas.small[1] * self.factor),
-                batch_size=settings.batch_size,
+                batch_size=settings.batch_size or self._windows_at_a_time(settings),
                 noise_level=settings.noise_level,
                 conditions={"low_resolution": padded},
             )
