@@ -37,7 +37,7 @@ def parse_expand(text: str | None) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-@click.command(cls=SeedsCommand, short_help="Repaint a part of a photo, enlarge its canvas, vary it.")
+@click.command(cls=SeedsCommand, short_help="Repaint a part of a photo, add a border, vary it.")
 @click.argument("photo", type=click.Path(path_type=Path), metavar="PHOTO|FOLDER")
 @click.argument("prompt", required=False)
 @click.option("--mask", type=click.Path(path_type=Path), metavar="FILE", help="White is repainted, black is kept.")

@@ -24,7 +24,7 @@ from darkroom.errors import DarkroomError, DarkroomWarning
 # name: (module, function, what `darkroom --help` says about it)
 COMMANDS = {
     "generate": ("darkroom.cli.generate", "generate", "Make images from prompts, classes, or the settings in a PNG."),
-    "edit": ("darkroom.cli.edit", "edit", "Repaint a part of a photo, enlarge its canvas, remove things, vary it."),
+    "edit": ("darkroom.cli.edit", "edit", "Repaint a part of a photo, add a border, vary it."),
     "upscale": ("darkroom.cli.upscale", "upscale", "Enlarge or sharpen photos of any size."),
     "train": ("darkroom.cli.train", "train", "Train a model on a folder, a tar file, or by a recipe."),
     "eval": ("darkroom.cli.evaluate", "evaluate", "Score a model, a folder of samples, or a first stage."),
