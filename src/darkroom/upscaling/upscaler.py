@@ -141,11 +141,11 @@ class Upscaler:
         width, height = self.model.defaults["size"]
         return max(1, int(self.model.defaults["batch_size"]) * width * height // side**2)
 
-    def check_memory(self, width: int, height: int, bits: int = 8) -> None:
+    def check_memory(self, width: int, height: int, consistency: bool = False) -> None:
         """Complain before any work is done when the result does not fit in memory."""
-        pixels = width * height * self.factor**2
-        channels = self.model.image_channels
-        needed = pixels * (channels * (4 + bits // 8) + 16) + DECODER_MEMORY_GB * 1e9
+        values = width * height * self.factor**2 * self.model.image_channels
+        # Three copies of the result in float32 exist at one time, and eight while it is made consistent.
+        needed = values * 4 * (8 if consistency else 3) + DECODER_MEMORY_GB * 1e9
         free = available_memory(torch.device("cpu"))
         if needed > free:
             raise DarkroomError(
@@ -191,7 +191,7 @@ class Upscaler:
             )
         if settings.consistency:
             self._check_consistency()
-        self.check_memory(width, height, pixels.bits)
+        self.check_memory(width, height, settings.consistency)
         network = pixels.to_network(torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C")))
         latent, record = self._denoise(network.expand(wanted, -1, -1), settings, progress)
         decoded = self._decode(latent, (width, height), progress)
