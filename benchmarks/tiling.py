@@ -1,7 +1,7 @@
 """Large images through the official kl-f8 shape: the whole image at once, exact strips, and blended tiles.
 
     python benchmarks/tiling.py [--sizes 512] [--tasks decode encode] [--ways whole exact blended] [--threads 1]
-                                [--memory-gb 2.4] [--tile 512] [--spill FOLDER] [--check]
+                                [--memory-gb 2.2] [--tile 512] [--spill FOLDER] [--check]
 
 Every row is a process of its own. Its peak memory is all of it: Python, torch, the weights (0.34 GB) and the result.
 Seconds are those of the clock and of the processor (on a busy machine they differ); files are what was spilled in all.

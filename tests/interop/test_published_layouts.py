@@ -189,10 +189,10 @@ def test_public_layouts(name: str, tmp_path: Path) -> None:
 
 def test_the_paper_has_a_family_for_every_recipe() -> None:
     models = {name for name, recipe in RECIPES.items() if recipe.steps}
-    same_tensors = {"ldm-ffhq256", "ldm-lsun-beds256"}  # as ldm-celeba256
-    assert {family.recipe for family in FAMILIES} == models - same_tensors
-    for name in same_tensors:
-        assert to_dict(RECIPES[name].denoiser) == to_dict(RECIPES["ldm-celeba256"].denoiser)
+    same_tensors = {"ldm-ffhq256": "ldm-celeba256", "ldm-lsun-beds256": "ldm-celeba256", "ldm-sr-bsr": "ldm-sr"}
+    assert {family.recipe for family in FAMILIES} == models - same_tensors.keys()
+    for name, other in same_tensors.items():
+        assert to_dict(RECIPES[name].denoiser) == to_dict(RECIPES[other].denoiser)
 
 
 @pytest.mark.slow

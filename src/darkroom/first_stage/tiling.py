@@ -60,7 +60,7 @@ from darkroom.first_stage.strips import (
 )
 
 # Beyond the model and the image. With torch itself and kl-f8 in float32 the process stays below 4 GB.
-DEFAULT_MEMORY_GB = 2.4
+DEFAULT_MEMORY_GB = 2.2
 # Strips of a map, largest: what convolves fastest is in the processor's cache.
 STRIP_BYTES = 2**23
 # Strip-sized tensors that exist at one time: input with halo, its norm, output, sum, the window of a recomputed map.
@@ -78,7 +78,7 @@ class Tiling:
     size: exact: a strip holds no more positions than a tile of this side, the memory decides otherwise; blended: the
     side of the tiles. "auto": the whole image at once where memory suffices, else tiles.
     mode: "exact", or "blended": independent overlapping tiles, faster for huge images, with an error (blended.py).
-    memory_gb: for maps and strips, beyond the model and the image. None: 2.4, or for size "auto" half of what is free.
+    memory_gb: for maps and strips, beyond the model and the image. None: 2.2, or for size "auto" half of what is free.
     spill: what does not fit goes to files in the system's temporary folder (True) or in this folder; False: no files,
     it is computed again instead.
     overlap: of blended tiles, in pixels, at most half a tile; None: a quarter.
