@@ -70,3 +70,15 @@ def test_words() -> None:
 def test_impossible_formats(arguments: Any, message: str) -> None:
     with pytest.raises(DarkroomError, match=message):
         PixelFormat.of(*arguments)
+
+
+def test_a_picture_with_other_numbers() -> None:
+    """8 and 16 bits stand for each other where the whole range is black to white; nothing else does."""
+    assert PixelFormat.of("uint8").for_picture("uint16") == PixelFormat.of("uint16")
+    assert PixelFormat.of("uint16").for_picture("uint8") == PixelFormat.of("uint8")
+    kelvin = PixelFormat("float32", 200, 320)
+    assert kelvin.for_picture("float32") is kelvin
+    part = PixelFormat("uint16", 0, 4095)  # of twelve bits
+    for own, dtype in ((kelvin, "uint8"), (part, "uint8"), (PixelFormat(), "float32"), (PixelFormat(), "int64")):
+        with pytest.raises(DarkroomError, match=f"the picture has {dtype} numbers, the model was trained with"):
+            own.for_picture(dtype)

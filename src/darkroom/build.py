@@ -44,21 +44,22 @@ def with_grain(first_stage: FirstStage, place: Literal["levels", "output"] | Non
     levels, or (faintly) on its image. None: as it is."""
     if place is None:
         return first_stage
-    config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
-    result = build_first_stage(config | {"decoder_grain" if place == "levels" else "output_grain": True})
-    result.load_state_dict(result.state_dict() | first_stage.state_dict())
-    result.preview = first_stage.preview
-    return result.to(first_stage.shift.device)
+    return _rebuilt(first_stage, {"decoder_grain" if place == "levels" else "output_grain": True})
 
 
 def without_output_grain(first_stage: FirstStage) -> FirstStage:
     """The same first stage without grain on its image: the mean, of the least squared error."""
-    config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
-    if not config.get("output_grain"):
+    if not (first_stage.config_dict or {}).get("output_grain"):
         return first_stage
-    result = build_first_stage(config | {"output_grain": False})
-    known = result.state_dict().keys()
-    result.load_state_dict({name: value for name, value in first_stage.state_dict().items() if name in known})
+    return _rebuilt(first_stage, {"output_grain": False})
+
+
+def _rebuilt(first_stage: FirstStage, changes: Mapping[str, Any]) -> FirstStage:
+    """The same weights in another configuration, as far as it has them; what it has beyond them is new."""
+    config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
+    result = build_first_stage(config | changes)
+    state = result.state_dict()
+    result.load_state_dict(state | {name: value for name, value in first_stage.state_dict().items() if name in state})
     result.preview = first_stage.preview
     return result.to(first_stage.shift.device).train(first_stage.training)
 

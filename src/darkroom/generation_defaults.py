@@ -1,6 +1,7 @@
-"""What a model's index or note says of its own generation, for requests that leave it out.
+"""What is taken where a command or a request leaves it out: the model, and what that model's index or note says of its
+own generation.
 
-Anybody may have written it, so it is read strictly and within bounds: a default must not ask for a day of work.
+Anybody may have written the latter, so it is read strictly and within bounds: a default must not ask for a day of work.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 from darkroom.config import from_dict
 from darkroom.errors import DarkroomError
 
+# Bundled models for those who name none.
+DEFAULT_MODELS = {"generate": "emoji", "upscale": "clothing-sr", "edit": "clothing-inpaint"}
 MAX_STEPS, MAX_SIDE, MAX_BATCH = 10_000, 16_384, 65_536
 
 

@@ -54,6 +54,17 @@ class PixelFormat:
             value_range = (0.0, float(LIMITS[dtype]))
         return cls(dtype, float(value_range[0]), float(value_range[1]))
 
+    def for_picture(self, dtype: str) -> PixelFormat:
+        """What the numbers of a picture of this type mean to a model of this format: 8 and 16 bits are alike where the
+        model has the whole range of either."""
+        if dtype == self.dtype:
+            return self
+        if dtype in LIMITS and self.dtype in LIMITS and self == PixelFormat.of(self.dtype):
+            return PixelFormat.of(dtype)  # type: ignore[arg-type]
+        raise DarkroomError(
+            f"the picture has {dtype} numbers, the model was trained with {self}; convert it, or take another model"
+        )
+
     @property
     def bits(self) -> int:
         return {"uint8": 8, "uint16": 16, "float32": 32}[self.dtype]

@@ -8,19 +8,18 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from condition_models import make_model
-from PIL import Image, ImageCms
+from photo_files import MODES, PROFILE, numbers, save_mode
+from PIL import Image
 from tiny_models import full_disk
 
 from darkroom.cli.edit import parse_expand
 from darkroom.data.image_files import image_bytes, read_samples
 from darkroom.errors import DarkroomError
 
-PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 
@@ -30,10 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     made = make_model("masked_image")
     made.info |= {"name": "tiny-inpaint", "defaults": {"size": [32, 32], "steps": 1, "solver": "ddim"}}
     return str(made.save(tmp_path_factory.mktemp("inpaint") / "model", card="# tiny\n"))
-
-
-def numbers(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
 
 
 def write_mask(path: str | Path, height: int, width: int) -> np.ndarray:
@@ -89,20 +84,9 @@ def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> No
     assert "made by `darkroom edit`" in refused("generate", "--from", "out.png", "-o", "again.png")
 
 
-@pytest.mark.parametrize(
-    ("mode", "channels", "kept"),
-    [("L", 1, "L"), ("LA", 2, "LA"), ("RGBA", 4, "RGBA"), ("CMYK", 4, "RGB"), ("P", 1, "RGB"), ("1", 1, "L")],
-)
+@pytest.mark.parametrize(("mode", "channels", "kept"), MODES)
 def test_modes(run: Run, model: str, mode: str, channels: int, kept: str) -> None:
-    values = numbers((32, 36, channels))
-    if mode in ("P", "1"):
-        picture = Image.fromarray(values[..., 0]).convert(mode)
-        if mode == "P":
-            picture.putpalette(bytes(range(256)) * 3)
-    else:
-        picture = Image.fromarray(values[..., 0] if channels == 1 else values, mode)
-    name = "a.tif" if mode == "CMYK" else "a.png"
-    picture.save(name)
+    name = save_mode(mode, 32, 36, channels)
     mask = write_mask("m.png", 32, 36)
     assert run("edit", name, "-m", model, "--mask", "m.png", "-o", "b.png")[0] == 0
     assert_kept(name, "b.png", mask)

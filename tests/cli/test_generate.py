@@ -14,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import darkroom
-from darkroom.cli.generate import parse_seeds
+from darkroom.cli.seeds import parse_seeds
 from darkroom.errors import DarkroomError
 from darkroom.png_settings import parse_parameters, read_png_text, read_settings
 

@@ -8,17 +8,16 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from condition_models import make_model
-from PIL import Image, ImageCms
+from photo_files import MODES, PROFILE, numbers, save_mode
+from PIL import Image
 
 from darkroom.data.degradations import LowResolution, degrade
 from darkroom.data.image_files import image_bytes
 
-PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 
@@ -30,10 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("sr") / "model"
     made.save(folder, card="# tiny\n")
     return str(folder)
-
-
-def numbers(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
 
 
 def opened(path: str | Path) -> Image.Image:
@@ -70,20 +65,9 @@ def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> No
     assert "made by `darkroom upscale`" in refused("generate", "--from", "out.png", "-o", "again.png")
 
 
-@pytest.mark.parametrize(
-    ("mode", "channels", "kept"),
-    [("L", 1, "L"), ("LA", 2, "LA"), ("RGBA", 4, "RGBA"), ("CMYK", 4, "RGB"), ("P", 1, "RGB"), ("1", 1, "L")],
-)
+@pytest.mark.parametrize(("mode", "channels", "kept"), MODES)
 def test_modes(run: Run, model: str, mode: str, channels: int, kept: str) -> None:
-    values = numbers((8, 8, channels))
-    if mode in ("P", "1"):
-        picture = Image.fromarray(values[..., 0]).convert(mode)
-        if mode == "P":
-            picture.putpalette(bytes(range(256)) * 3)
-    else:
-        picture = Image.fromarray(values[..., 0] if channels == 1 else values, mode)
-    name = "a.tif" if mode == "CMYK" else "a.png"
-    picture.save(name)
+    name = save_mode(mode, 8, 8, channels)
     assert run("upscale", name, "-m", model, "-o", "b.png")[0] == 0
     result = opened("b.png")
     assert result.size == (32, 32) and result.mode == kept
@@ -157,12 +141,10 @@ def test_a_folder_without_permission(refused: Refused, model: str) -> None:
     assert "no permission to write" in refused("upscale", "a.png", "-m", model, "-o", "closed/b.png")
 
 
-def test_other_models_are_refused(refused: Refused, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_models_are_refused(refused: Refused, models: Path) -> None:
     Image.fromarray(numbers((8, 8, 3))).save("a.png")
     assert "does not enlarge pictures (it was trained with text)" in refused("upscale", "a.png", "-m", models / "text")
     assert "is a first stage only" in refused("upscale", "a.png", "-m", models / "fs")
-    monkeypatch.setattr("darkroom.model_io.bundled", list)
-    assert "this version ships none" in refused("upscale", "a.png")
 
 
 def test_a_folder_of_photos(run: Run, model: str) -> None:
@@ -173,7 +155,7 @@ def test_a_folder_of_photos(run: Run, model: str) -> None:
     Path("in/broken.jpg").write_bytes(b"\xff\xd8\xff")
     status, out, error = run("upscale", "in", "-m", model)
     assert status == 2 and sorted(out.split()) == [f"in-upscaled/{k}.png" for k in range(3)]
-    assert "left out: in/broken.jpg is not a picture" in error and "1 of 4 pictures could not be used" in error
+    assert "left out: in/broken.jpg is not a picture" in error and "1 of 4 pictures could not be upscaled" in error
     Path("in/broken.jpg").unlink()
     Path("in-upscaled/1.png").unlink()
     status, out, error = run("upscale", "in", "-m", model)

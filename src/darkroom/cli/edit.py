@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from darkroom.cli.generate import SeedsCommand, check_writable, parse_seeds, shareable
+from darkroom.cli.models import open_model, shareable
+from darkroom.cli.outputs import check_writable
+from darkroom.cli.photos import check_origins, do_each, note_done, note_frames, note_profile, pictures_in, refuse_there
+from darkroom.cli.seeds import SeedsCommand, parse_seeds
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import DEFAULT_MODELS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from darkroom.data.photographs import Photograph
     from darkroom.editing import Edited, Editor, EditSettings
 
-DEFAULT_MODEL = "clothing-inpaint"
+DEFAULT_MODEL = DEFAULT_MODELS["edit"]
 ADDED = "-edited"  # to a name without --output
 MASK = "_mask"  # at the end of the name of a mask in a folder
 MAX_EXPAND = 16_384
@@ -73,7 +77,7 @@ def edit(
       darkroom edit pictures/ -o without/
       darkroom edit -m emoji face.png "a sad face" --strength 0.7
     """
-    from darkroom.editing import EditSettings
+    from darkroom.editing import Editor, EditSettings
 
     given = {name: options[name] for name in EditSettings.__dataclass_fields__ if name in options}
     given |= {"seeds": tuple(parse_seeds(options["seeds"])) or (0,), "expand": parse_expand(options["expand"])}
@@ -83,31 +87,24 @@ def edit(
     if not overwrite:
         there = [path for job in jobs for path in job.outputs.values() if path.exists()]
         if there and not many:
-            raise DarkroomError(f"{there[0]} is there already; name another with -o, or add --overwrite")
+            refuse_there(there[0])
         done = [job for job in jobs if all(path.exists() for path in job.outputs.values())]
         if done:
-            click.echo(f"note: {len(done)} of {len(jobs)} are there already (--overwrite makes them anew)", err=True)
+            note_done(len(done), len(jobs))
         jobs = [job for job in jobs if job not in done]
     if not jobs:
         return
     for job in jobs:
         check_writable(next(iter(job.outputs.values())).parent)
     first = None if many else _read(jobs[0], settings)  # what is wrong with it is said before a model is loaded
-    editor = _load(model, options["device"], options["threads"])
-    failed: list[str] = []
-    for job in jobs:
-        try:
-            written = _make(editor, job, first or _read(job, settings), settings, shareable(model, DEFAULT_MODEL))
-        except DarkroomError as error:
-            if not many:
-                raise
-            failed.append(str(error))
-            click.echo(f"note: left out: {error}", err=True)
-            continue
-        for path in written:
-            click.echo(click.format_filename(path))
-    if failed:
-        raise DarkroomError(f"{len(failed)} of {len(jobs)} pictures could not be edited; the first: {failed[0]}")
+    needed = "it cannot repaint: give a whole model"
+    editor = Editor(open_model(model, "edit", options["device"], options["threads"], needed))
+    source = shareable(model or DEFAULT_MODEL)
+
+    def make(job: Job) -> list[Path]:
+        return _make(editor, job, first or _read(job, settings), settings, source)
+
+    do_each(jobs, make, many, "edited")
 
 
 @dataclass(frozen=True)
@@ -133,21 +130,17 @@ def choose_jobs(photo: Path, mask: Path | None, output: Path | None, seeds: Sequ
         if folder.exists() and not folder.is_dir():
             raise DarkroomError(f"{folder} is a file; for several pictures name a folder")
         jobs = [Job(p, m, _outputs(folder / f"{p.stem}.png", seeds)) for p, m in pairs(photo)]
-    origins: dict[Path, Path] = {}
     for job in jobs:
         for path in job.outputs.values():
             if path.absolute() in (job.photo.absolute(), None if job.mask is None else job.mask.absolute()):
                 raise DarkroomError(f"{path}: that is the photo or the mask itself; choose another output")
-            if (other := origins.setdefault(path.absolute(), job.photo)) != job.photo:
-                raise DarkroomError(f"{other} and {job.photo} would both become {path}; put them into two folders")
+    check_origins([(path, job.photo) for job in jobs for path in job.outputs.values()])
     return jobs
 
 
 def pairs(folder: Path) -> list[tuple[Path, Path]]:
     """The pictures of a folder that have a mask beside them, with it; says which have none."""
-    from darkroom.data.records import IMAGE_SUFFIXES
-
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = pictures_in(folder)
     masks = {p.stem.removesuffix(MASK): p for p in found if p.stem.endswith(MASK)}
     pictures = [p for p in found if not p.stem.endswith(MASK)]
     together = [(p, masks[p.stem]) for p in pictures if p.stem in masks]
@@ -164,23 +157,6 @@ def _outputs(path: Path, seeds: Sequence[int]) -> dict[int, Path]:
     if len(seeds) == 1:
         return {seeds[0]: path}
     return {seed: path.with_name(f"{path.stem}-seed{seed}{path.suffix}") for seed in seeds}
-
-
-def _load(name: str | None, device: str, threads: int | None) -> Editor:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    from darkroom.editing import Editor
-    from darkroom.latent_diffusion import LatentDiffusion
-    from darkroom.model_io import bundled, load
-
-    if name is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
-        raise DarkroomError("no model was named and this version ships none for this; add -m MODEL")
-    model = load(name or DEFAULT_MODEL, device=device)
-    if not isinstance(model, LatentDiffusion):
-        raise DarkroomError(f"{name} is a first stage only; it cannot repaint: give a whole model")
-    return Editor(model)
 
 
 def _read(job: Job, settings: EditSettings) -> tuple[Photograph, np.ndarray | None]:
@@ -200,8 +176,7 @@ def _read(job: Job, settings: EditSettings) -> tuple[Photograph, np.ndarray | No
             check_hole(expanded(photo.values, hole, settings.expand)[1])
         except DarkroomError as error:
             raise DarkroomError(f"{job.mask}: {error}") from None
-    if photo.frames > 1:
-        click.echo(f"note: {job.photo} has {photo.frames} frames, of which the first is taken", err=True)
+    note_frames(job.photo, photo)
     return photo, mask
 
 
@@ -238,8 +213,7 @@ def _make(
             record["model"]["source"] = source
         edited = replace(photo, values=image, alpha=_alpha(photo, result, settings))
         write_file(path, photograph_bytes(edited, path.suffix.lower(), png_text(record)))
-    if photo.profile is not None and any(p.suffix.lower() != ".png" for p in job.outputs.values()):
-        click.echo(f"note: only .png keeps the colour profile of {job.photo}", err=True)
+    note_profile(job.photo, photo, list(job.outputs.values()))
     if result.mask is None and result.images[0].shape != photo.values.shape:
         height, width = result.images[0].shape[:2]
         click.echo(f"note: the variations have {width}x{height} pixels, which the model makes at once", err=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,40 +12,21 @@ import click
 
 from darkroom.cli.adapters import adapter_options, digests_of, given_adapters, note_places, recorded_adapters
 from darkroom.cli.conditions import condition_options, given_files, idle_guidance
+from darkroom.cli.models import open_model, shareable
+from darkroom.cli.outputs import DEFAULT_FOLDER, Target, preview_file, show_in, write_grid, write_image
+from darkroom.cli.seeds import MAX_SEEDS, SeedsCommand, parse_seeds
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import DEFAULT_MODELS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from darkroom.cli.progress import StepBar
     from darkroom.latent_diffusion import LatentDiffusion, Request
-    from darkroom.pixel_format import PixelFormat
 
-DEFAULT_MODEL = "emoji"
-DEFAULT_FOLDER = "generated"
-MAX_SEEDS = 100_000
+DEFAULT_MODEL = DEFAULT_MODELS["generate"]
 MAX_SIDE = 16_384
 PREVIEWS = 10  # about so many in the course of a batch
-_NUMBER = r"\d{1,20}"  # 2**64 has 20 digits
-_SEED_WORD = re.compile(rf"{_NUMBER}(\.\.{_NUMBER})?(,{_NUMBER}(\.\.{_NUMBER})?)*")
-
-
-def parse_seeds(words: Sequence[str]) -> list[int]:
-    """("1", "4,7", "0..3") -> [1, 4, 7, 0, 1, 2, 3]."""
-    seeds: list[int] = []
-    for word in words:
-        if not _SEED_WORD.fullmatch(word):
-            raise DarkroomError(
-                f"--seed {word}: give whole numbers or a range, for example --seed 1 2 5 or --seed 0..15"
-            )
-        for part in word.split(","):
-            first, _, last = part.partition("..")
-            if last and int(last) < int(first):
-                raise DarkroomError(f"--seed {word}: the range ends before it begins")
-            if int(last or first) - int(first) >= MAX_SEEDS:
-                raise DarkroomError(f"--seed {word}: more than {MAX_SEEDS} seeds at once")
-            seeds += range(int(first), int(last or first) + 1)
-    return seeds
 
 
 def parse_guidance(words: Sequence[str]) -> dict[str, float] | None:
@@ -60,25 +39,6 @@ def parse_guidance(words: Sequence[str]) -> dict[str, float] | None:
         except ValueError:
             raise DarkroomError(f"--guidance {word}: give NAME=SCALE, for example --guidance text=5") from None
     return scales or None
-
-
-class SeedsCommand(click.Command):
-    """Lets `--seed 1 2 3` take several words: numbers after --seed are seeds, up to the next word that is none."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        after_seed = False
-        for i, word in enumerate(args):
-            if word == "--":
-                spread += args[i:]
-                break
-            if after_seed and _SEED_WORD.fullmatch(word) and spread[-1] != "--seed":
-                spread.append("--seed")
-            elif after_seed and spread[-1] != "--seed":
-                after_seed = False
-            after_seed = after_seed or word == "--seed"
-            spread.append(word)
-        return super().parse_args(context, spread)
 
 
 @click.command(cls=SeedsCommand, short_help="Make images.")
@@ -186,7 +146,7 @@ def _generate(given: Given) -> None:
             raise DarkroomError("give several seeds or --count, not both: --count counts up from one seed")
         seeds = list(range(seeds[0], seeds[0] + given.count))
     target = Target.choose(given.output, given.grid)
-    preview = _preview_file(given.preview)
+    preview = preview_file(given.preview)
 
     from darkroom.cli.conditions import read_files
     from darkroom.latent_diffusion import Request
@@ -257,7 +217,7 @@ def _repeat(given: Given, source: Path) -> None:
         raise DarkroomError(f"{source} was made by `darkroom edit`; repeat that command on the picture it was made of")
     index = record.get("index")
     target = Target.choose(given.output, given.grid or index is None)
-    preview = _preview_file(given.preview)
+    preview = preview_file(given.preview)
 
     import torch
 
@@ -313,126 +273,24 @@ def _recorded_model(image: Path, recorded: dict[str, Any], flag: str = "-m") -> 
     )
 
 
-def shareable(model: str | None, default: str = DEFAULT_MODEL) -> str:
-    """What an image may say about where its model lies: images are posted, so no absolute path goes into them."""
-    return "" if model is not None and (Path(model).is_absolute() or model.startswith("~")) else model or default
-
-
 def _load(given: Given, name: str | None = None) -> LatentDiffusion:
     """The model that was named, or another of the same command."""
-    import torch
-
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    from darkroom.latent_diffusion import LatentDiffusion
-    from darkroom.model_io import bundled, load
-
-    if name is None and given.model is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
-        raise DarkroomError("no model was named and this version ships none; add -m MODEL")
     adapters = given_adapters(given.loras, given.embeddings) if name is None else []
-    name = name or given.model or DEFAULT_MODEL
-    model = load(name, device=given.device, adapters=adapters)
-    if not isinstance(model, LatentDiffusion):
-        raise DarkroomError(
-            f"{name} is a first stage only; it cannot generate by itself: give a whole model, or see "
-            "`darkroom reconstruct`"
-        )
+    name = name or given.model
+    model = open_model(
+        name,
+        "generate",
+        given.device,
+        given.threads,
+        "it cannot generate by itself: give a whole model, or see `darkroom reconstruct`",
+        adapters,
+    )
     if model.first_stage is None:
         raise DarkroomError(
-            f"{name} has no first stage, so its latents cannot be turned into images: give a folder or file of the "
-            "model that holds one too"
+            f"{name or DEFAULT_MODEL} has no first stage, so its latents cannot be turned into images: give a folder "
+            "or file of the model that holds one too"
         )
     return model
-
-
-# ------------------------------------------------------------------------------------------------------------ output
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where images go: one file (`single`), or a folder where nothing is ever overwritten. A grid is for looking at and
-    always a PNG; `suffix` is the type of the images' own files."""
-
-    path: Path
-    single: bool
-    grid: bool
-    suffix: str = ".png"
-
-    @classmethod
-    def choose(cls, output: Path | None, grid: bool) -> Target:
-        path = Path(DEFAULT_FOLDER) if output is None else output
-        if path.suffix and not path.is_dir():
-            known = (".png",) if grid else (".png", ".tif", ".tiff", ".npy", ".exr")
-            if path.suffix.lower() not in known:
-                what = "a grid is" if grid else "images are"
-                raise DarkroomError(
-                    f"{path}: {what} written as {', '.join(known)}, which keeps every pixel and the settings"
-                )
-            check_writable(path.parent)
-            return cls(path, True, grid, path.suffix)
-        if path.exists() and not path.is_dir():
-            raise DarkroomError(f"{path} is a file; give a .png or a folder")
-        check_writable(path)
-        return cls(path, False, grid)
-
-    def fitted(self, model: LatentDiffusion) -> Target:
-        """With a file type that holds this model's images; a type that was named and cannot is an error."""
-        from darkroom.data.image_files import check_suffix, default_suffix
-
-        if self.grid:
-            return self
-        if not self.single:
-            return replace(self, suffix=default_suffix(model.image_channels, model.pixels.dtype))
-        check_suffix(self.path, model.image_channels, model.pixels.dtype)
-        return self
-
-    def numbering(self) -> int:
-        """The first free number in the folder: one more than the highest that a file begins with."""
-        if self.single or not self.path.is_dir():
-            return 0
-        found = (re.match(r"(\d{4,9})-", entry.name) for entry in self.path.iterdir())
-        return max((int(match[1]) for match in found if match), default=-1) + 1
-
-    def image(self, number: int, alone: bool, settings: dict[str, Any]) -> Path:
-        """The file of one image."""
-        if self.single and alone:
-            return self.path
-        request, index = settings["request"], settings["index"]
-        if self.single:
-            return self.path.with_name(f"{self.path.stem}-{number:03d}-seed{request['seeds'][index]}{self.suffix}")
-        subjects = request["prompts"] or request["class_labels"]
-        words = re.sub(r"[^\w]+", "-", str(subjects[index]).lower()) if subjects else ""
-        words = words.strip("-_")[:40].strip("-_")
-        return self.path / f"{number:04d}-seed{request['seeds'][index]}{'-' if words else ''}{words}{self.suffix}"
-
-    def grid_image(self, number: int) -> Path:
-        return self.path if self.single else self.path / f"{number:04d}-grid.png"
-
-
-def check_writable(folder: Path) -> None:
-    """Found out before the images are made, not after."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise DarkroomError(f"cannot save in {folder}: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise DarkroomError(f"cannot save in {folder}: no permission to write in {place}")
-
-
-def _preview_file(path: Path | None) -> Path | None:
-    if path is not None:
-        if path.suffix.lower() != ".png" or path.is_dir():
-            raise DarkroomError(f"--preview {path}: give the name of a .png, which is overwritten again and again")
-        check_writable(path.parent)
-    return path
-
-
-def _show_in(file: Path, pixels: PixelFormat) -> Callable[[int, np.ndarray], None]:
-    """Writes the unfinished images of a batch into `file`, whole each time, so that a viewer may reload it."""
-    from darkroom.data.io import image_grid, write_png
-
-    return lambda done, images: write_png(file, image_grid(images, pixels=pixels))
 
 
 def _make(
@@ -449,7 +307,7 @@ def _make(
     request = model.validate(request)
     assert request.batch_size and request.steps
     guide = None if given.guide is None else _load(given, given.guide)
-    sources = {"model": shareable(given.model), "guide": shareable(given.guide) if given.guide else ""}
+    sources = {"model": shareable(given.model or DEFAULT_MODEL), "guide": shareable(given.guide) if given.guide else ""}
     count, start = len(request.seeds), target.numbering()
     grid: list[tuple[np.ndarray, dict[str, Any]]] = []
     pixels = model.pixels
@@ -463,7 +321,7 @@ def _make(
                 part,
                 guide=guide,
                 progress=_counting(bar, number * request.steps),
-                preview=None if preview is None else _show_in(preview, pixels),
+                preview=None if preview is None else show_in(preview, pixels),
                 preview_every=max(1, request.steps // PREVIEWS),
             )
             for i, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start=first):
@@ -475,11 +333,13 @@ def _make(
                     grid.append((image, settings))
                 elif only is None or only == i:
                     alone = only is not None or count == 1
-                    written.append(_write(target.image(start + (0 if alone else i), alone, settings), image, settings))
+                    written.append(
+                        write_image(target.image(start + (0 if alone else i), alone, settings), image, settings)
+                    )
     if target.grid:
         seeds = len(set(request.seeds))
         columns = seeds if count > seeds > 1 else None
-        written.append(_write_grid(target.grid_image(start), grid, columns, pixels))
+        written.append(write_grid(target.grid_image(start), grid, columns, pixels))
     for path in written[:8]:
         click.echo(click.format_filename(path))
     if len(written) > 8:
@@ -500,33 +360,3 @@ def _slice(request: Request, part: slice) -> Request:
         seeds=request.seeds[part],
         conditions={name: values[part] for name, values in (request.conditions or {}).items()} or None,
     )
-
-
-def _write(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
-    from darkroom.data.image_files import save_image
-    from darkroom.png_settings import png_text
-
-    save_image(path, image, png_text(settings))
-    return path
-
-
-def _write_grid(
-    path: Path, images: list[tuple[np.ndarray, dict[str, Any]]], columns: int | None, pixels: PixelFormat
-) -> Path:
-    """One picture of all images, row by row, in 8 bits; its record is the request of all of them."""
-    from darkroom.data.io import image_grid, write_png
-    from darkroom.png_settings import png_text
-
-    first = images[0][1]
-    request = dict(first["request"])
-    for name in ("prompts", "class_labels", "seeds"):
-        if request[name] is not None:
-            request[name] = [settings["request"][name][settings["index"]] for _, settings in images]
-    if request["conditions"] is not None:
-        request["conditions"] = {
-            field: [settings["request"]["conditions"][field][settings["index"]] for _, settings in images]
-            for field in request["conditions"]
-        }
-    picture = image_grid([image for image, _ in images], columns, pixels=pixels)
-    write_png(path, picture, png_text({**first, "request": request, "index": None}))
-    return path

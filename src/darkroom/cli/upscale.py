@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from darkroom.cli.models import open_model, shareable
+from darkroom.cli.photos import check_origins, do_each, note_done, note_frames, note_profile, pictures_in, refuse_there
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import DEFAULT_MODELS
 
 if TYPE_CHECKING:
     from darkroom.data.photographs import Photograph
     from darkroom.upscaling import Upscaler, UpscaleSettings
 
-DEFAULT_MODEL = "clothing-sr"
+DEFAULT_MODEL = DEFAULT_MODELS["upscale"]
 ADDED = "-upscaled"  # to a name without --output
 
 
@@ -28,7 +31,7 @@ ADDED = "-upscaled"  # to a name without --output
 @click.option("--overwrite", is_flag=True, help="Replace what is there already.")
 @click.option("--consistency", is_flag=True, help="The result, made smaller again, is exactly the photo.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Other details.")
-@click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and finer.")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Solver steps: more is slower and draws more.")
 @click.option("--solver", help="ddim, euler, dpm++2m, ... (docs: solvers)")
 @click.option("--eta", type=click.FloatRange(0, 1), help="Share of fresh noise per step, for solvers that draw noise.")
 @click.option(
@@ -49,21 +52,19 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
 
     \b
       darkroom upscale photo.jpg -o large.png
-      darkroom upscale photo.jpg --consistency --steps 20
+      darkroom upscale photo.jpg --consistency --seed 3
       darkroom upscale -m runs/deblur holiday/ -o sharp/
     """
     jobs, many = choose_jobs(photos, output)
     todo = [job for job in jobs if overwrite or not job.output.exists()]
     if not many and not todo:
-        raise DarkroomError(f"{jobs[0].output} is there already; name another with -o, or add --overwrite")
+        refuse_there(jobs[0].output)
     if len(todo) < len(jobs):
-        click.echo(
-            f"note: {len(jobs) - len(todo)} of {len(jobs)} are there already (--overwrite makes them anew)", err=True
-        )
+        note_done(len(jobs) - len(todo), len(jobs))
     if not todo:
         return
 
-    from darkroom.cli.generate import check_writable
+    from darkroom.cli.outputs import check_writable
     from darkroom.data.photographs import read_photograph
 
     for job in todo:
@@ -72,28 +73,21 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
     if not many:  # what is wrong with it is said before a model is loaded
         first = read_photograph(todo[0].photo)
         _target(todo[0], first, overwrite)
-    upscaler = _load(model, options["device"], options["threads"])
 
-    from darkroom.upscaling import UpscaleSettings
+    from darkroom.upscaling import Upscaler, UpscaleSettings
 
+    needed = "give a whole model that was trained with low_resolution"
+    upscaler = Upscaler(open_model(model, "upscale", options["device"], options["threads"], needed))
     settings = UpscaleSettings(
         guidance_scale=options["cfg_scale"],
         **{name: options[name] for name in UpscaleSettings.__dataclass_fields__ if name in options},
     )
-    source = _shareable(model)
-    failed: list[str] = []
-    for job in todo:
-        try:
-            written = _make(upscaler, job, first or read_photograph(job.photo), settings, source, overwrite)
-        except DarkroomError as error:
-            if not many:
-                raise
-            failed.append(str(error))
-            click.echo(f"note: left out: {error}", err=True)
-            continue
-        click.echo(click.format_filename(written))
-    if failed:
-        raise DarkroomError(f"{len(failed)} of {len(todo)} pictures could not be used; the first: {failed[0]}")
+    source = shareable(model or DEFAULT_MODEL)
+
+    def make(job: Job) -> list[Path]:
+        return [_make(upscaler, job, first or read_photograph(job.photo), settings, source, overwrite)]
+
+    do_each(todo, make, many, "upscaled")
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,6 @@ class Job:
 
 def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job], bool]:
     """What becomes what, and whether there may be many: a folder was named, or more than one photo."""
-    from darkroom.data.records import IMAGE_SUFFIXES
-
     many = len(photos) > 1 or photos[0].is_dir()
     into = output is not None and (many or output.is_dir() or not output.suffix)
     if into and output is not None and output.exists() and not output.is_dir():
@@ -121,35 +113,16 @@ def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job],
             folder = output or (place.with_name(place.name + ADDED) if place.is_dir() else place.parent)
             found = [place]
             if place.is_dir():
-                found = sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+                found = pictures_in(place)
                 if not found:
                     raise DarkroomError(f"{place}: no pictures in this folder; name another, or a picture")
             added = "" if output is not None or place.is_dir() else ADDED
             jobs += [Job(photo, folder / f"{photo.stem}{added}.png") for photo in found]
-    outputs: dict[Path, Path] = {}
     for job in jobs:
         if job.output.absolute() == job.photo.absolute():
             raise DarkroomError(f"{job.output}: that is the photo itself; choose another output")
-        if (other := outputs.setdefault(job.output.absolute(), job.photo)) != job.photo:
-            raise DarkroomError(f"{other} and {job.photo} would both become {job.output}; put them into two folders")
+    check_origins([(job.output, job.photo) for job in jobs])
     return jobs, many
-
-
-def _load(name: str | None, device: str, threads: int | None) -> Upscaler:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    from darkroom.latent_diffusion import LatentDiffusion
-    from darkroom.model_io import bundled, load
-    from darkroom.upscaling import Upscaler
-
-    if name is None and DEFAULT_MODEL not in bundled() and not Path(DEFAULT_MODEL).exists():
-        raise DarkroomError("no model was named and this version ships none for this; add -m MODEL")
-    model = load(name or DEFAULT_MODEL, device=device)
-    if not isinstance(model, LatentDiffusion):
-        raise DarkroomError(f"{name} is a first stage only; give a whole model that was trained with low_resolution")
-    return Upscaler(model)
 
 
 def _target(job: Job, photo: Photograph, overwrite: bool) -> Path:
@@ -160,7 +133,7 @@ def _target(job: Job, photo: Photograph, overwrite: bool) -> Path:
     path = job.output if job.named else job.output.with_suffix(default_suffix(channels, dtype))
     check_suffix(path, channels, dtype)
     if path != job.output and path.exists() and not overwrite:
-        raise DarkroomError(f"{path} is there already; name another with -o, or add --overwrite")
+        refuse_there(path)
     return path
 
 
@@ -175,8 +148,7 @@ def _make(
     from darkroom.upscaling.upscaler import enlarged_alpha
 
     path = _target(job, photo, overwrite)
-    if photo.frames > 1:
-        click.echo(f"note: {job.photo} has {photo.frames} frames, of which the first is taken", err=True)
+    note_frames(job.photo, photo)
     try:
         with PhaseBars(unit="windows") as bars:
             result = upscaler(photo.values, settings, bars.update)
@@ -188,8 +160,7 @@ def _make(
     alpha = None if photo.alpha is None else enlarged_alpha(photo.alpha, upscaler.factor)
     large = replace(photo, values=result.image, alpha=alpha)
     write_file(path, photograph_bytes(large, path.suffix.lower(), png_text(record)))
-    if photo.profile is not None and path.suffix.lower() != ".png":
-        click.echo(f"note: {path.suffix} is written without the colour profile of {job.photo}; .png keeps it", err=True)
+    note_profile(job.photo, photo, [path])
     if result.difference is not None and result.difference >= 0.5:
         click.echo(
             f"note: {job.photo} has contrasts that no picture made smaller has: made smaller, the result differs from "
@@ -197,8 +168,3 @@ def _make(
             err=True,
         )
     return path
-
-
-def _shareable(model: str | None) -> str:
-    """What a picture may say about where its model lies: no absolute path."""
-    return "" if model is not None and (Path(model).is_absolute() or model.startswith("~")) else model or DEFAULT_MODEL

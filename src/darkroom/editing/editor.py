@@ -23,12 +23,12 @@ from darkroom.data.image_files import most_pixels
 from darkroom.editing.holes import cut, windows_of
 from darkroom.editing.seams import without_seam
 from darkroom.errors import DarkroomError
+from darkroom.generation_defaults import DEFAULT_MODELS
 from darkroom.inpaint import Start
 from darkroom.latent_diffusion import LatentDiffusion, Request, Result
-from darkroom.model_io import load
-from darkroom.pixel_format import LIMITS, PixelFormat
+from darkroom.model_pictures import checked_picture, from_network, open_whole_model, settings_from, to_network
+from darkroom.pixel_format import PixelFormat
 
-DEFAULT_MODEL = "clothing-inpaint"
 STRENGTH = 0.6  # of image-to-image
 WRAPPER_SOLVER = "repaint"  # for models that were not trained with masks
 _NEXT_WINDOW = 0x9E37_79B9_7F4A_7C15  # between the seeds of two windows of an image
@@ -101,17 +101,6 @@ class Editor:
             raise DarkroomError(f"a window of {largest} pixels is too small for this model; give {self._unit} or more")
         return min(side, largest), largest
 
-    def pixels_of(self, dtype: str) -> PixelFormat:
-        """What the numbers of a picture of this type mean: 8 and 16 bits are alike for a model of either."""
-        own = self.model.pixels
-        if dtype == own.dtype:
-            return own
-        if dtype in LIMITS and own.dtype in LIMITS and own == PixelFormat.of(own.dtype):
-            return PixelFormat.of(dtype)  # type: ignore[arg-type]
-        raise DarkroomError(
-            f"the picture has {dtype} numbers, the model was trained with {own}; convert it, or take another model"
-        )
-
     def _fitting(self, width: int, height: int, least: int, largest: int) -> tuple[int, int]:
         """(width, height) at which the model sees a window: multiples of the unit, not below `least`, nor longer than
         `largest`."""
@@ -136,17 +125,7 @@ class Editor:
         """image (H, W) or (H, W, C) of uint8, uint16 or what the model works on; mask (H, W): what is to be repainted,
         from half of the greatest value of its type upwards. progress(steps done, of all)."""
         settings = settings or EditSettings()
-        values = image[..., None] if image.ndim == 2 else image
-        if values.ndim != 3 or 0 in values.shape:
-            raise DarkroomError(f"an array of shape {image.shape} is not a picture; give (H, W) or (H, W, C)")
-        channels, wanted = values.shape[2], self.model.image_channels
-        pixels = self.pixels_of(str(values.dtype))
-        if channels not in (1, wanted):
-            raise DarkroomError(
-                f"the picture has {channels} channels, the model works on {wanted}; convert it, or take another model"
-            )
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise DarkroomError("the picture holds values that are not finite (NaN or infinity); replace them")
+        values, pixels = checked_picture(image, self.model)
         if not settings.seeds:
             raise DarkroomError("no seed was given: give one for each image")
         facts = {"image": _digest(values), "input_size": [values.shape[1], values.shape[0]]}
@@ -214,7 +193,7 @@ class Editor:
         elsewhere is not meant to be used."""
         height, width = unknown.shape
         size = self._fitting(width, height, side, largest)
-        picture = torch.stack([self._to_network(part, pixels) for part in seen])
+        picture = torch.stack([to_network(part, pixels, self.model.image_channels) for part in seen])
         mask = torch.from_numpy(unknown.astype(np.float32))[None, None]
         smaller = max(width, height) > largest
         # What is to go must reach what is kept neither by a filter nor through the encoder.
@@ -227,7 +206,7 @@ class Editor:
         if smaller:
             new = F.interpolate(new, size=(height, width), mode="bicubic", antialias=True)
         new = without_seam(new[..., :height, :width], picture, mask.expand(len(picture), -1, -1, -1))
-        return result, [self._from_network(one, pixels, seen[0].shape[2]) for one in new]
+        return result, [from_network(one, pixels, seen[0].shape[2]) for one in new]
 
     def _generate(
         self, given: Tensor, hole: Tensor | None, settings: EditSettings, progress: Progress | None
@@ -272,12 +251,12 @@ class Editor:
         _, largest = self.sides(settings)
         scale = min(1.0, largest / max(width, height))
         size = [max(1, round(side * scale / self._unit)) * self._unit for side in (width, height)]
-        given = self._to_network(values, pixels)[None]
+        given = to_network(values, pixels, self.model.image_channels)[None]
         if size != [width, height]:
             given = F.interpolate(given, size=(size[1], size[0]), mode="bicubic", antialias=True).clamp(-1, 1)
         result = self._generate(given.expand(len(settings.seeds), -1, -1, -1), None, settings, progress)
         new = self._decoded(result, pixels)
-        images = [self._from_network(one, pixels, channels) for one in new]
+        images = [from_network(one, pixels, channels) for one in new]
         facts["strength"] = STRENGTH if settings.strength is None else settings.strength
         for record in result.settings:
             record["edit"] = facts
@@ -288,16 +267,6 @@ class Editor:
         if pixels.bits > self.model.pixels.bits:
             return self.model.decode(result.latents.to(self.model.device)).float().cpu()
         return self.model.pixels.to_network(torch.from_numpy(result.images).permute(0, 3, 1, 2))
-
-    def _to_network(self, values: np.ndarray, pixels: PixelFormat) -> Tensor:
-        """(h, w, C) -> (channels of the model, h, w) in [-1, 1]."""
-        network = pixels.to_network(torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C")))
-        return network.expand(self.model.image_channels, -1, -1)
-
-    def _from_network(self, image: Tensor, pixels: PixelFormat, channels: int) -> np.ndarray:
-        if channels == 1 < image.shape[0]:
-            image = image.mean(0, keepdim=True)
-        return pixels.from_network(image).permute(1, 2, 0).contiguous().numpy()
 
 
 def _padded(picture: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -367,7 +336,7 @@ def _digest(values: np.ndarray) -> str:
 def edit(
     image: np.ndarray,
     mask: np.ndarray | None = None,
-    model: LatentDiffusion | str = DEFAULT_MODEL,
+    model: LatentDiffusion | str = DEFAULT_MODELS["edit"],
     *,
     device: str = "auto",
     progress: Progress | None = None,
@@ -378,12 +347,5 @@ def edit(
 
     What is not marked comes back bit for bit.
     """
-    if isinstance(model, str):
-        loaded = load(model, device=device)
-        if not isinstance(loaded, LatentDiffusion):
-            raise DarkroomError(f"{model} is a first stage alone; it cannot repaint: give a whole model")
-        model = loaded
-    known = EditSettings.__dataclass_fields__
-    if unknown := [name for name in settings if name not in known]:
-        raise DarkroomError(f"edit has no setting {unknown[0]!r} (known: {', '.join(known)})")
-    return Editor(model)(image, mask, EditSettings(**settings), progress)
+    opened = open_whole_model(model, device, "can repaint")
+    return Editor(opened)(image, mask, settings_from(EditSettings, settings, "edit"), progress)

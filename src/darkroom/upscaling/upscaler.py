@@ -24,13 +24,13 @@ from darkroom.data.resizing import bicubic
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.tiling import Tiling, available_memory
+from darkroom.generation_defaults import DEFAULT_MODELS
 from darkroom.latent_diffusion import LatentDiffusion, Request
-from darkroom.model_io import load
+from darkroom.model_pictures import checked_picture, grey_again, open_whole_model, settings_from, to_network
 from darkroom.pixel_format import LIMITS, PixelFormat
 from darkroom.upscaling.consistency import consistent
 from darkroom.upscaling.windows import WindowedDenoise, make_windows
 
-DEFAULT_MODEL = "clothing-sr"
 # Windows larger than what the model was trained at are better and faster: fewer borders, and less is averaged away.
 WINDOW_SIZES = 4
 DECODER_MEMORY_GB = 1.5  # beyond the picture itself; larger decoders' maps go to temporary files
@@ -154,20 +154,6 @@ class Upscaler:
                 "smaller first"
             )
 
-    # --- pixels ---------------------------------------------------------------------------------------------------
-
-    def pixels_of(self, dtype: str) -> PixelFormat:
-        """What the numbers of a picture of this type mean: 8 and 16 bits are alike for a model of either."""
-        own = self.model.pixels
-        if dtype == own.dtype:
-            return own
-        if dtype in LIMITS and own.dtype in LIMITS and own == PixelFormat.of(own.dtype):
-            return PixelFormat.of(dtype)  # type: ignore[arg-type]
-        raise DarkroomError(
-            f"the picture has {dtype} numbers, the model was trained with {own}; convert the picture, or take another "
-            "model"
-        )
-
     # --- the work -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -177,26 +163,13 @@ class Upscaler:
         """(H, W) or (H, W, C) of uint8, uint16 or what the model works on -> `factor` times larger, in the same type
         and with as many channels (grey stays grey). progress(doing, done, total)."""
         settings = settings or UpscaleSettings()
-        values = image[..., None] if image.ndim == 2 else image
-        if values.ndim != 3 or 0 in values.shape:
-            raise DarkroomError(f"an array of shape {image.shape} is not a picture; give (H, W) or (H, W, C)")
-        pixels = self.pixels_of(str(values.dtype))
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise DarkroomError("the picture holds values that are not finite (NaN or infinity); replace them")
+        values, pixels = checked_picture(image, self.model)
         height, width, channels = values.shape
-        wanted = self.model.image_channels
-        if channels != wanted and channels != 1:
-            raise DarkroomError(
-                f"the picture has {channels} channels, the model works on {wanted}; convert it, or take another model"
-            )
         if settings.consistency:
             self._check_consistency()
         self.check_memory(width, height, settings.consistency)
-        network = pixels.to_network(torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C")))
-        latent, record = self._denoise(network.expand(wanted, -1, -1), settings, progress)
-        decoded = self._decode(latent, (width, height), progress)
-        if channels == 1 < wanted:
-            decoded = decoded.mean(0, keepdim=True)
+        latent, record = self._denoise(to_network(values, pixels, self.model.image_channels), settings, progress)
+        decoded = grey_again(self._decode(latent, (width, height), progress), channels)
         difference = None
         result = pixels.from_network(decoded)
         if settings.consistency:
@@ -295,7 +268,7 @@ def _tell(progress: Progress | None, doing: str, done: float, total: int) -> Non
 
 def upscale(
     image: np.ndarray,
-    model: LatentDiffusion | str = DEFAULT_MODEL,
+    model: LatentDiffusion | str = DEFAULT_MODELS["upscale"],
     *,
     device: str = "auto",
     progress: Progress | None = None,
@@ -305,15 +278,8 @@ def upscale(
 
     settings: those of `UpscaleSettings`: seed=, steps=, consistency=, window=, ...
     """
-    if isinstance(model, str):
-        loaded = load(model, device=device)
-        if not isinstance(loaded, LatentDiffusion):
-            raise DarkroomError(f"{model} is a first stage alone; give a model that was trained with low_resolution")
-        model = loaded
-    known = UpscaleSettings.__dataclass_fields__
-    if unknown := [name for name in settings if name not in known]:
-        raise DarkroomError(f"upscale has no setting {unknown[0]!r} (known: {', '.join(known)})")
-    return Upscaler(model)(image, UpscaleSettings(**settings), progress)
+    opened = open_whole_model(model, device, "was trained with low_resolution")
+    return Upscaler(opened)(image, settings_from(UpscaleSettings, settings, "upscale"), progress)
 
 
 def enlarged_alpha(alpha: np.ndarray, factor: int) -> np.ndarray:
