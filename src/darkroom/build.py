@@ -49,7 +49,8 @@ def with_grain(first_stage: FirstStage, place: Literal["levels", "output"] | Non
 
 def without_output_grain(first_stage: FirstStage) -> FirstStage:
     """The same first stage without grain on its image: the mean, of the least squared error."""
-    if not (first_stage.config_dict or {}).get("output_grain"):
+    config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
+    if not config.get("output_grain"):
         return first_stage
     return _rebuilt(first_stage, {"output_grain": False})
 
@@ -57,7 +58,7 @@ def without_output_grain(first_stage: FirstStage) -> FirstStage:
 def _rebuilt(first_stage: FirstStage, changes: Mapping[str, Any]) -> FirstStage:
     """The same weights in another configuration, as far as it has them; what it has beyond them is new."""
     config: dict[str, Any] = first_stage.config_dict  # type: ignore[assignment]
-    result = build_first_stage(config | changes)
+    result = build_first_stage({**config, **changes})
     state = result.state_dict()
     result.load_state_dict(state | {name: value for name, value in first_stage.state_dict().items() if name in state})
     result.preview = first_stage.preview
