@@ -18,7 +18,8 @@ from darkroom.config import from_dict
 from darkroom.data.batches import collate
 from darkroom.data.sources import open_dataset
 from darkroom.errors import DarkroomError
-from darkroom.latent_diffusion import LatentDiffusion, Request
+from darkroom.generation_request import Request
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
 from darkroom.objective import ObjectiveConfig
 from darkroom.training.denoiser_step import DenoiserPhase

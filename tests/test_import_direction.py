@@ -49,8 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     # configs of parts, dicts of tensors, and the tables of a schedule, which files hold
     "interop": {"networks", "first_stage", "conditioning", "diffusion"},
+    # what is asked of a model; the model itself it knows by its type alone
+    "generation_request": {"solvers", "inpaint", "conditioning"},
     # the only place where conditioning, denoiser and first stage meet
     "latent_diffusion": {
+        "generation_request",
         "solvers",
         "guidance",
         "classifier_guidance",
@@ -63,7 +66,16 @@ ALLOWED: dict[str, set[str]] = {
     # previews and metrics come in as hooks: never latent_diffusion, never evaluation
     "training": {"objective", "denoiser", "conditioning", "first_stage", "features", "diffusion", "data"},
     # conditions as requests, and bits per dimension, which are the objective's
-    "evaluation": {"latent_diffusion", "conditioning", "objective", "diffusion", "first_stage", "features", "data"},
+    "evaluation": {
+        "generation_request",
+        "latent_diffusion",
+        "conditioning",
+        "objective",
+        "diffusion",
+        "first_stage",
+        "features",
+        "data",
+    },
     # words and files about runs and models; no tensors
     "reconstruction": {"first_stage"},
     "png_settings": {"data"},
@@ -85,6 +97,7 @@ COMPOSE = (
     "model_io",
     "whole_models",
     "exchange",
+    "model_pictures",
     "upscaling",
     "editing",
     "plan",

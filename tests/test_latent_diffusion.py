@@ -17,8 +17,9 @@ from darkroom.diffusion.grids import Grid
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.diffusion.schedules import ScheduleConfig, make_schedule
 from darkroom.errors import DarkroomError
+from darkroom.generation_request import Request
 from darkroom.guidance import Guided
-from darkroom.latent_diffusion import LatentDiffusion, Request
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.networks.unet import UNetConfig
 from darkroom.objective import ObjectiveConfig
 from darkroom.solvers import SOLVERS

@@ -15,8 +15,9 @@ from darkroom.build import build_conditioner, build_denoiser
 from darkroom.conditioning.text_towers import TextTowers
 from darkroom.conditioning.vocabularies import VOCABULARIES, read_vocabulary
 from darkroom.errors import DarkroomError
+from darkroom.generation_request import Request, Result
 from darkroom.interop.text_towers import find_towers
-from darkroom.latent_diffusion import LatentDiffusion, Request, Result
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load, save
 from darkroom.png_settings import format_parameters
 from darkroom.train_job import train

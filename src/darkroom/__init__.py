@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from darkroom.exchange import convert as convert
     from darkroom.exchange import export as export
     from darkroom.first_stage.first_stage import FirstStage as FirstStage
+    from darkroom.generation_request import Request as Request
+    from darkroom.generation_request import Result as Result
     from darkroom.guidance import Guided as Guided
     from darkroom.latent_diffusion import LatentDiffusion as LatentDiffusion
-    from darkroom.latent_diffusion import Request as Request
-    from darkroom.latent_diffusion import Result as Result
     from darkroom.model_io import bundled as bundled
     from darkroom.model_io import load as load
     from darkroom.model_io import load_first_stage as load_first_stage
@@ -47,8 +47,8 @@ _HOME = {
     "LatentDiffusion": "darkroom.latent_diffusion",
     "NoiseLevel": "darkroom.diffusion.levels",
     "PixelFormat": "darkroom.pixel_format",
-    "Request": "darkroom.latent_diffusion",
-    "Result": "darkroom.latent_diffusion",
+    "Request": "darkroom.generation_request",
+    "Result": "darkroom.generation_request",
     "bundled": "darkroom.model_io",
     "convert": "darkroom.exchange",
     "edit": "darkroom.editing",

@@ -49,8 +49,9 @@ from darkroom.first_stage.first_stage import FirstStage
 from darkroom.first_stage.grain import fit_output_grain
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.first_stage.statistics import encoder_fingerprint
+from darkroom.generation_request import Request
 from darkroom.interop.text_towers import fill as fill_text_towers
-from darkroom.latent_diffusion import LatentDiffusion, Request, to_uint8
+from darkroom.latent_diffusion import LatentDiffusion, to_uint8
 from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage, save, select_device
 from darkroom.perceptual_job import train_perceptual

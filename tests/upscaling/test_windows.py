@@ -14,8 +14,8 @@ from torch import Tensor
 from darkroom.conditioning.types import Conditioning
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
+from darkroom.generation_request import Request
 from darkroom.guidance import Guide, Guided
-from darkroom.latent_diffusion import Request
 from darkroom.upscaling.windows import Window, WindowedDenoise, make_windows, seen, shares
 
 

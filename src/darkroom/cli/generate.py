@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from darkroom.cli.progress import StepBar
-    from darkroom.latent_diffusion import LatentDiffusion, Request
+    from darkroom.generation_request import Request
+    from darkroom.latent_diffusion import LatentDiffusion
 
 DEFAULT_MODEL = DEFAULT_MODELS["generate"]
 MAX_SIDE = 16_384
@@ -149,7 +150,7 @@ def _generate(given: Given) -> None:
     preview = preview_file(given.preview)
 
     from darkroom.cli.conditions import read_files
-    from darkroom.latent_diffusion import Request
+    from darkroom.generation_request import Request
 
     model = _load(given)
     target = target.fitted(model)
@@ -224,7 +225,7 @@ def _repeat(given: Given, source: Path) -> None:
     from darkroom import __version__
     from darkroom.cli.conditions import recorded_conditions
     from darkroom.config import from_dict
-    from darkroom.latent_diffusion import Request
+    from darkroom.generation_request import Request
 
     try:
         request = from_dict(Request, record["request"])

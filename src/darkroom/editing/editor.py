@@ -24,8 +24,9 @@ from darkroom.editing.holes import cut, windows_of
 from darkroom.editing.seams import without_seam
 from darkroom.errors import DarkroomError
 from darkroom.generation_defaults import DEFAULT_MODELS
+from darkroom.generation_request import Request, Result
 from darkroom.inpaint import Start
-from darkroom.latent_diffusion import LatentDiffusion, Request, Result
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_pictures import checked_picture, from_network, open_whole_model, settings_from, to_network
 from darkroom.pixel_format import PixelFormat
 
@@ -91,7 +92,7 @@ class Editor:
     @property
     def _unit(self) -> int:
         """Sides of what the model sees are multiples of this."""
-        return self.model.downsampling * int(getattr(self.model.denoiser.network.config, "size_multiple", 1))
+        return self.model.downsampling * self.model.size_multiple
 
     def sides(self, settings: EditSettings) -> tuple[int, int]:
         """(that of training, the largest that is not made smaller)."""

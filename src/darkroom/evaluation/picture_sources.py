@@ -24,7 +24,8 @@ from darkroom.data.io import preview
 from darkroom.data.sources import ImageDataset
 from darkroom.errors import DarkroomError
 from darkroom.evaluation.feature_files import Pictures, Values
-from darkroom.latent_diffusion import LatentDiffusion, Request
+from darkroom.generation_request import Request
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.pixel_format import PixelFormat
 
 # Of the values of an image: the number of the class that it has, or was asked to have; network calls it took.

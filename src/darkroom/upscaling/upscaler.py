@@ -25,7 +25,8 @@ from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.tiling import Tiling, available_memory
 from darkroom.generation_defaults import DEFAULT_MODELS
-from darkroom.latent_diffusion import LatentDiffusion, Request
+from darkroom.generation_request import Request
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_pictures import checked_picture, grey_again, open_whole_model, settings_from, to_network
 from darkroom.pixel_format import LIMITS, PixelFormat
 from darkroom.upscaling.consistency import consistent
@@ -106,12 +107,8 @@ class Upscaler:
     @property
     def _unit(self) -> int:
         """Sides of padded pictures are multiples of this."""
-        multiple = self.model.downsampling * self._multiple
+        multiple = self.model.downsampling * self.model.size_multiple
         return multiple // math.gcd(self.factor, multiple)
-
-    @property
-    def _multiple(self) -> int:
-        return int(getattr(self.model.denoiser.network.config, "size_multiple", 1))
 
     def canvas(self, width: int, height: int) -> Canvas:
         """For a picture of so many pixels: at least of the size that the model was trained at."""
@@ -125,7 +122,7 @@ class Upscaler:
 
     def window(self, settings: UpscaleSettings) -> tuple[int, int]:
         """(side, overlap) in latent places."""
-        f, multiple = self.model.downsampling, self._multiple
+        f, multiple = self.model.downsampling, self.model.size_multiple
         pixels = settings.window or WINDOW_SIZES * max(self.model.defaults["size"])
         side = max(pixels // (f * multiple), 1) * multiple
         overlap = side // 4 if settings.overlap is None else -(-settings.overlap // f)
@@ -218,7 +215,7 @@ class Upscaler:
         assert request.steps and request.batch_size
         side, overlap = self.window(settings)
         columns, rows = canvas.latent
-        windows = make_windows(rows, columns, side, overlap, self._multiple)
+        windows = make_windows(rows, columns, side, overlap, self.model.size_multiple)
         total = request.steps * len(windows)
         calls = 0
 
