@@ -25,7 +25,7 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.plan import Planner, describe_plan, fit_minutes
 from darkroom.recipe_source import found_at, new_recipe
-from darkroom.train_job import _Job, train
+from darkroom.train_job import Job, train
 from darkroom.training.checkpoint import latest_checkpoint
 from darkroom.training.recipe import read_recipe, recipe_names, resolve
 
@@ -304,11 +304,11 @@ def test_pictures_that_cannot_be_read_are_listed_also_when_found_late(run: Path,
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     recipe = resolve(read_recipe(copy / "config.yaml"))
-    job = _Job(recipe, copy, device="cpu", quiet=True)
+    job = Job(recipe, copy, device="cpu", quiet=True)
     job.data.problems.append(("late.png", "truncated"))
-    assert job._describe_data() == 1
-    again = _Job(recipe, copy, device="cpu", quiet=True)
-    assert again._describe_data() == 1
+    assert job.describe_data() == 1
+    again = Job(recipe, copy, device="cpu", quiet=True)
+    assert again.describe_data() == 1
     assert json.loads((copy / "data.json").read_text())["problems"] == [["late.png", "truncated"]]
 
 

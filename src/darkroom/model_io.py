@@ -53,7 +53,7 @@ from darkroom.safe_files import (
     read_json,
     read_safetensors_header,
     sha256_of,
-    write_file,
+    write_json,
     write_safetensors,
 )
 
@@ -409,7 +409,7 @@ def install_preview(preview: PreviewDecoder, folder: str | Path) -> Path:
         digests = _save_part(preview, temporary, None, torch.float16)
     index["parts"]["preview"] = "preview"
     index["files"] |= {f"preview/{name}": digest for name, digest in digests.items()}
-    write_file(place / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json(place / INDEX, index)
     return place / "preview"
 
 

@@ -24,7 +24,7 @@ from darkroom.data.distortions import DISTORTIONS, MARGIN, cut
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.features.perceptual import PerceptualNetwork
-from darkroom.safe_files import new_folder, read_json, write_file, write_safetensors
+from darkroom.safe_files import new_folder, read_json, write_file, write_json, write_safetensors
 from darkroom.training.distributed import World
 from darkroom.training.loop import Hooks, Trainer
 from darkroom.training.perceptual_step import PerceptualStep
@@ -145,7 +145,7 @@ def train_perceptual(
             network.cpu().eval()
             summary["scaled_by"] = scale_distance(network, torch.cat([b["image"] for b in batches]))
             save_perceptual(network, folder / "model", summary | {"data": data.describe()})
-        write_file(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -155,7 +155,7 @@ def _prepare(recipe: Recipe, folder: Path, data: LabelledPictures, resume: bool)
     described = data.describe()
     if resume and facts.is_file() and read_json(facts) != described:
         raise DarkroomError(f"{folder}: the data has changed since this run began; start a new run")
-    write_file(facts, (json.dumps(described, indent=2) + "\n").encode())
+    write_json(facts, described)
     text = yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
     write_file(folder / "config.yaml", text.encode())
 

@@ -21,6 +21,7 @@ from darkroom.data.batches import pixels_of
 from darkroom.data.io import image_grid, write_image
 from darkroom.data.latent_cache import LatentCache
 from darkroom.data.sources import ImageDataset
+from darkroom.denoiser_job import cached_latents
 from darkroom.errors import DarkroomError
 from darkroom.features.psnr import psnr
 from darkroom.first_stage.first_stage import FirstStage
@@ -31,7 +32,7 @@ from darkroom.training.loop import Hooks, LoopResult
 from darkroom.training.preview_step import PreviewRecipe, PreviewStep, batch_posterior
 
 if TYPE_CHECKING:
-    from darkroom.train_job import _Job
+    from darkroom.train_job import Job
 
 STAGE = "preview"
 SHOWN = 8
@@ -65,7 +66,7 @@ def new_preview(config: PreviewRecipe, first_stage: FirstStage) -> PreviewDecode
     return build_preview(to_dict(shape), first_stage.shift, first_stage.scale)
 
 
-def preview_stage(job: _Job, first_stage: FirstStage, resume: bool) -> tuple[LoopResult, dict[str, float]]:
+def preview_stage(job: Job, first_stage: FirstStage, resume: bool) -> tuple[LoopResult, dict[str, float]]:
     """Train a preview decoder and attach it to the first stage; gives how training went and what it reached."""
     config = job.recipe.preview
     assert config is not None
@@ -79,9 +80,9 @@ def preview_stage(job: _Job, first_stage: FirstStage, resume: bool) -> tuple[Loo
     train, validation = job.data, job.validation if len(job.validation) else job.data
     dataset: Any = train
     if config.cache:
-        cache, _ = job._latents(first_stage, ())
+        cache, _ = cached_latents(job, first_stage, ())
         dataset = LatentsAndImages(cache, train)
-    batches = with_moments(job._validation_batches(validation), first_stage)
+    batches = with_moments(job.validation_batches(validation), first_stage)
     images = torch.cat([b["image"] for b in batches])[:SHOWN]
     with torch.no_grad():
         latents = torch.cat([batch_posterior(b, first_stage).mode() for b in batches])[:SHOWN]
@@ -96,8 +97,8 @@ def preview_stage(job: _Job, first_stage: FirstStage, resume: bool) -> tuple[Loo
             path = job.folder / "samples" / f"preview-{train_step:06d}.png"
             write_image(image_grid(to_uint8(rows), columns=len(images)), path)
 
-    with contextlib.closing(job._batches(dataset, config)) as source:
-        trainer = job._trainer(STAGE, step, source, config, Hooks(validate, sample))
+    with contextlib.closing(job.batches(dataset, config)) as source:
+        trainer = job.trainer(STAGE, step, source, config, Hooks(validate, sample))
         result = trainer.run(resume)
     if result.interrupted:
         return result, {}

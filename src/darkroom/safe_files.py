@@ -109,6 +109,11 @@ def open_for_reading(path: Path) -> Iterator[tuple[io.BufferedReader, int]]:
         raise DarkroomError(f"cannot read {path}: {error.strerror or error}") from None
 
 
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file for people to read, whole or not at all; what JSON has no word for is written as its text."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
 def read_json(path: Path | str, what: str = "JSON file") -> dict[str, Any]:
     """A JSON object from a file; `what` names the file in messages."""
     path = Path(path)

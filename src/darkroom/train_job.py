@@ -8,49 +8,31 @@ A run folder that was interrupted anywhere continues with `resume=True` where it
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
 
 from darkroom import __version__
-from darkroom.build import (
-    build_conditioner,
-    build_denoiser,
-    build_first_stage,
-    conditioner_config,
-    denoiser_config,
-    pixel_first_stage,
-    with_grain,
-)
-from darkroom.conditioning.conditioner import Conditioner
-from darkroom.conditioning.requests import encoders_of
 from darkroom.config import from_dict, nearest, to_dict
 from darkroom.data.batches import Batches, collate, pixels_of
-from darkroom.data.io import contact_sheet, image_grid, write_image, write_png
-from darkroom.data.latent_cache import LatentCache
+from darkroom.data.io import contact_sheet, image_grid, write_image
 from darkroom.data.locations import data_names, spread
 from darkroom.data.pixels import converted, resolve_pixels
 from darkroom.data.sources import open_dataset
-from darkroom.denoiser import Denoiser, DenoiserConfig
+from darkroom.denoiser import DenoiserConfig
+from darkroom.denoiser_job import denoiser_stage, sample_request
 from darkroom.errors import DarkroomError
 from darkroom.evaluation.environment import hardware
 from darkroom.first_stage.artefacts import flat_colour_test
 from darkroom.first_stage.first_stage import FirstStage
-from darkroom.first_stage.grain import fit_output_grain
-from darkroom.first_stage.identity import IdentityAutoencoder
-from darkroom.first_stage.statistics import encoder_fingerprint
-from darkroom.generation_request import Request
-from darkroom.interop.text_towers import fill as fill_text_towers
+from darkroom.first_stage_job import first_stage_stage
 from darkroom.latent_diffusion import LatentDiffusion, to_uint8
 from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage, save, select_device
@@ -59,20 +41,16 @@ from darkroom.plan import Plan, Planner, describe_plan, fit_minutes, with_times
 from darkroom.preview_job import preview_stage, with_derived_sizes
 from darkroom.recipe_source import new_recipe, resumed_recipe
 from darkroom.report import model_card, write_report
-from darkroom.safe_files import read_json, write_file
-from darkroom.score_hook import ScoreHook, last_record, protocol_words
+from darkroom.safe_files import read_json, write_file, write_json
+from darkroom.score_hook import last_record, protocol_words
 from darkroom.solvers import SOLVERS
-from darkroom.training.checkpoint import latest_checkpoint
-from darkroom.training.denoiser_step import DenoiserStep
 from darkroom.training.distributed import World, join_world, of_first_rank
-from darkroom.training.first_stage_step import FirstStageStep, quieten_posterior
-from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer, finished_result
-from darkroom.training.progress import Progress, duration
+from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer
+from darkroom.training.progress import duration
 from darkroom.training.recipe import Recipe
 
 VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
-GRAIN_IMAGES = 1024  # whose missing roughness gives the grain on a decoder's image
 # Of the summary, for the model card: name and protocol.
 SCORES = {
     "first_stage_psnr": ("PSNR in dB", "mean over held-out images, posterior mode, averaged weights, [-1, 1] clamped"),
@@ -170,7 +148,7 @@ def train(
     choice = recipe.first_stage
     if recipe.steps == 0 and choice.train is None and choice.name is None and choice.path is None:
         raise DarkroomError('"steps" is 0 and there is no first stage to train: nothing to do')
-    job = _Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
+    job = Job(recipe, folder, device=device, world=world, stated=stated, quiet=quiet)
     if minutes is not None and not resume:
         job.say("timing a few steps of each stage")
         job.measured = of_first_rank(job.plan(measure=True), job.world)
@@ -186,7 +164,7 @@ def train(
 # --- the job --------------------------------------------------------------------------------------------------------
 
 
-class _Job:
+class Job:
     """One run: what it holds is the recipe, the folder and the opened data; each stage is a method."""
 
     def __init__(
@@ -255,8 +233,7 @@ class _Job:
     def _stages(self, resume: bool, summary: dict[str, Any]) -> Run:
         """Both stages, then the model folder and the report; `summary` grows on the way."""
         folder = self.folder
-        first_stage, result = self.first_stage_stage(resume)
-        assert first_stage is not None  # pixels have the identity
+        first_stage, result = first_stage_stage(self, resume)
         if result is not None:
             summary |= _stage_summary("first_stage", result)
             if result.interrupted:
@@ -269,7 +246,7 @@ class _Job:
                 return self._interrupted(summary)
         if self.recipe.steps == 0:
             return self._finish_first_stage(first_stage, summary)
-        model, result, live = self.denoiser_stage(first_stage, resume)
+        model, result, live = denoiser_stage(self, first_stage, resume)
         summary |= _stage_summary("denoiser", result)
         if result.interrupted:
             return self._interrupted(summary)
@@ -277,7 +254,7 @@ class _Job:
             return Run(folder, None, None, summary)
         summary |= self._scores(result)
         summary["minutes"] = round((summary.get("first_stage_seconds", 0) + summary["denoiser_seconds"]) / 60, 2)
-        model.info |= self._model_info(summary)
+        model.info |= self.model_info(summary)
         # A bundled first stage is named with its hash, not copied: one serves many denoisers.
         named = self.recipe.first_stage.name is not None
         save(model, folder / "model", card=model_card(self._card(model, summary)), live=live, refer=named)
@@ -309,8 +286,8 @@ class _Job:
         return self._finished(summary)
 
     def _finished(self, summary: dict[str, Any]) -> Run:
-        _write_json(self.folder / "summary.json", summary)
-        self._describe_data()  # large sets meet their unreadable images only while they are read
+        write_json(self.folder / "summary.json", summary)
+        self.describe_data()  # large sets meet their unreadable images only while they are read
         report = write_report(self.folder)
         self.say(f"model: {self.folder / 'model'}\nreport: {report}")
         return Run(self.folder, self.folder / "model", report, summary)
@@ -323,9 +300,12 @@ class _Job:
             raise DarkroomError(
                 f"{folder}: the data has changed since this run began; start a new run with --init-from"
             )
-        problems = self._describe_data()
-        _write_text(folder / "config.yaml", yaml.safe_dump(to_dict(self.recipe), sort_keys=False, allow_unicode=True))
-        _write_json(folder / "plan.json", to_dict(plan))
+        problems = self.describe_data()
+        write_file(
+            folder / "config.yaml",
+            yaml.safe_dump(to_dict(self.recipe), sort_keys=False, allow_unicode=True).encode(),
+        )
+        write_json(folder / "plan.json", to_dict(plan))
         count = min(32, len(self.data))
         shown = [self.data[i * len(self.data) // count] for i in range(count)]
         sheet = contact_sheet(shown, class_names=self.data.class_names, pixels=self.data.pixels)
@@ -333,17 +313,17 @@ class _Job:
         if problems:
             self.say(f"skipped {problems} unreadable images (listed in {folder / 'data.json'})")
 
-    def _describe_data(self) -> int:
+    def describe_data(self) -> int:
         """Write data.json. Gives the number of examples left out, those of earlier parts of the run included."""
         path = self.folder / "data.json"
         known = read_json(path).get("problems", []) if path.is_file() else []
         found = (*map(tuple, known), *self.data.problems, *self.validation.problems)
         problems = [list(p) for p in dict.fromkeys(found)]
         facts = {"warnings": self.warnings, "validation_count": len(self.validation), "problems": problems}
-        _write_json(path, self.data.describe() | facts)
+        write_json(path, self.data.describe() | facts)
         return len(problems)
 
-    def _trainer(self, stage: str, step: Any, source: Any, config: LoopConfig, hooks: Hooks) -> Trainer:
+    def trainer(self, stage: str, step: Any, source: Any, config: LoopConfig, hooks: Hooks) -> Trainer:
         return Trainer(
             stage,
             step,
@@ -356,7 +336,7 @@ class _Job:
             quiet=self.quiet,
         )
 
-    def _batches(self, dataset: Any, config: LoopConfig) -> Batches:
+    def batches(self, dataset: Any, config: LoopConfig) -> Batches:
         return Batches(
             dataset,
             config.batch_size,
@@ -367,225 +347,18 @@ class _Job:
             prefetch=True,
         )
 
-    def _validation_batches(self, dataset: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+    def validation_batches(self, dataset: Any, batch_size: int = 32) -> list[dict[str, Any]]:
         chosen = spread(len(dataset), VALIDATION_IMAGES)
         return [
             collate([dataset[i] for i in chosen[first : first + batch_size]], pixels_of(dataset))
             for first in range(0, len(chosen), batch_size)
         ]
 
-    def _measured_batches(self, dataset: Any, count: int = MEASURED_IMAGES, size: int = 64) -> Iterator[dict[str, Any]]:
+    def measured_batches(self, dataset: Any, count: int = MEASURED_IMAGES, size: int = 64) -> Iterator[dict[str, Any]]:
         """Images, or cached moments, of which something is measured: `count` of them, `size` at once."""
         chosen = spread(len(dataset), count)
         for first in range(0, len(chosen), size):
             yield collate([dataset[i] for i in chosen[first : first + size]], pixels_of(dataset))
-
-    def first_stage_stage(self, resume: bool) -> tuple[FirstStage | None, LoopResult | None]:
-        """The trained or given first stage, with measured latents; the identity for pixel models."""
-        choice = self.recipe.first_stage
-        if choice.train is None:
-            place = choice.name or choice.path
-            if place is None:  # on pixels
-                first_stage = pixel_first_stage(self.recipe.data.channels, self.data.pixels)
-                return first_stage.to(self.device).eval(), None
-            return load_first_stage(place, self.device), None
-        done = self.folder / "first_stage"
-        if resume and (done / "darkroom.json").is_file():
-            loaded = load(done, device=str(self.device))
-            assert isinstance(loaded, FirstStage)
-            # The layout that it had in training: the rest of a half-made latent cache is then equal to the last bit.
-            loaded.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return loaded, finished_result(self.folder, "first_stage")
-        config = choice.train
-        torch.manual_seed(config.seed)
-        if config.init_from is not None:
-            first_stage = load_first_stage(config.init_from, self.device)
-            first_stage = with_grain(first_stage, config.add_grain).requires_grad_(True)
-        else:
-            first_stage = build_first_stage(to_dict(config.autoencoder) | {"pixels": to_dict(self.data.pixels)})
-            quieten_posterior(first_stage.trainable, config.objective.initial_posterior_std)
-        step = FirstStageStep(first_stage.trainable, config.objective)
-        batches = self._validation_batches(self.validation if len(self.validation) else self.data)
-        shown = torch.cat([b["image"] for b in batches])[:8]
-
-        def validate(_: int) -> dict[str, float]:
-            return step.validation_loss(batches, config.seed)
-
-        def sample(train_step: int) -> None:
-            if self.world.is_main:
-                decoded = first_stage.autoencoder.decode(first_stage.autoencoder.encode(shown.to(self.device)).mode())
-                error = (decoded.float().cpu() - shown).abs() * 2 - 1
-                rows = torch.cat([shown, decoded.float().cpu(), error])
-                path = self.folder / "samples" / f"first_stage-{train_step:06d}.png"
-                write_image(image_grid(to_uint8(rows), columns=shown.shape[0]), path)
-
-        with contextlib.closing(self._batches(self.data, config)) as source:
-            trainer = self._trainer("first_stage", step, source, config, Hooks(validate, sample))
-            result = trainer.run(resume)
-        if result.interrupted:
-            return first_stage, result
-        if trainer.ema is not None:
-            trainer.ema.swap()  # the averaged weights are the first stage from here on
-        first_stage.to(self.device).eval()
-        first_stage.__dict__.pop("reference", None)  # it is no longer the bundled one that it may have begun as
-        first_stage.kept = None  # nor does the discriminator of the file fit that it may have begun as
-        if config.objective.train_encoder:
-            first_stage.preview = None  # of other latents
-        if config.objective.train_encoder or config.init_from is None:
-            self.say("measuring the latents")
-            first_stage.measure(self._measured_batches(self.data), config.latents)
-        if first_stage.trainable.decoder.grain is not None:
-            self.say("measuring the grain that the decoder's images lack")
-            images = (batch["image"] for batch in self._measured_batches(self.data, GRAIN_IMAGES, 16))
-            fit_output_grain(first_stage.trainable, images, config.grain_share)
-        result.last.update(validate(result.steps))
-        if self.world.is_main:
-            save(first_stage, done)
-        return first_stage, result
-
-    def denoiser_stage(
-        self, first_stage: FirstStage | None, resume: bool
-    ) -> tuple[LatentDiffusion, LoopResult, dict[str, dict[str, Tensor]] | None]:
-        """The trained model (averaged weights), how training went, and the live weights."""
-        recipe = self.recipe
-        torch.manual_seed(recipe.seed)
-        denoiser, conditioner = self._build_denoiser(first_stage)
-        step = DenoiserStep(denoiser, conditioner, first_stage, recipe.objective)
-        dataset, validation = self._latents(first_stage, conditioner.fields)
-        if first_stage is not None and recipe.first_stage.latents is not None:  # the cache holds what was before them
-            first_stage.measure(self._measured_batches(dataset), recipe.first_stage.latents)
-        batches = self._validation_batches(validation)
-        model = LatentDiffusion(first_stage, denoiser, conditioner, self._model_info({}))
-        for module in (denoiser, conditioner):
-            module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        request = model.validate(self.sample_request(model))  # what is wrong with it is found now
-
-        def validate(_: int) -> dict[str, float]:
-            return step.validation_loss(batches, recipe.seed) if batches else {}
-
-        def sample(train_step: int) -> None:
-            if self.world.is_main:
-                try:
-                    images = model.generate(request).images
-                except DarkroomError as error:  # not finite: the training may recover, or stops by its own rule
-                    return self.say(f"warning: no samples at step {train_step}: {error}")
-                path = self.folder / "samples" / f"denoiser-{train_step:06d}.png"
-                names = self.data.class_names or []
-                captions = request.prompts or [names[int(label)] for label in request.class_labels or []]
-                write_png(path, image_grid(images, pixels=model.pixels), {"captions": json.dumps(captions)})
-
-        scorer = None
-        if recipe.evaluate.scores is not None:
-            scorer = ScoreHook(recipe, self.folder, model, self.validation, self.world, self.say)
-        with contextlib.closing(self._batches(dataset, recipe)) as source:
-            trainer = self._trainer("denoiser", step, source, recipe, Hooks(validate, sample, scorer))
-            try:
-                result = trainer.run(resume)
-            finally:
-                if scorer is not None:
-                    scorer.close()
-        live = None
-        if trainer.ema is not None and not result.interrupted:
-            live = {name: _clone_state(module) for name, module in step.modules.items()}
-            trainer.ema.swap()
-        model.eval()
-        return model, result, live
-
-    def _build_denoiser(self, first_stage: FirstStage | None) -> tuple[Denoiser, Conditioner]:
-        recipe = self.recipe
-        kept = self.folder / "conditioner.json"  # the tokenizer and class names of this run
-        begun = kept.is_file() and latest_checkpoint(self.folder / "checkpoints" / "denoiser") is not None
-        if recipe.init_from is not None and not begun:
-            model = load(recipe.init_from, device="cpu")
-            assert isinstance(model, LatentDiffusion)
-            model.denoiser.requires_grad_(True)
-            for encoder in model.conditioner.encoders.values():
-                encoder.unfreeze()  # type: ignore[operator]
-            self._check_classes(model.conditioner)
-            if self.world.is_main:
-                _write_json(kept, model.conditioner.config_dict)
-            return model.denoiser, model.conditioner
-        if kept.is_file():
-            config = json.loads(kept.read_text())
-        else:
-            config = conditioner_config(recipe.conditioner, self.data)
-            if self.world.is_main:
-                _write_json(kept, config)
-        conditioner = build_conditioner(config, first_stage)
-        for line in [] if begun else fill_text_towers(conditioner):
-            self.say(line)
-        for encoder in conditioner.encoders.values():
-            encoder.ready()  # type: ignore[operator]
-        channels = recipe.data.channels if first_stage is None else first_stage.latent_channels
-        return build_denoiser(denoiser_config(recipe.denoiser, {}, channels, conditioner)), conditioner
-
-    def _check_classes(self, conditioner: Conditioner) -> None:
-        for name, encoder in conditioner.encoders.items():
-            config: Any = getattr(encoder, "config", None)
-            classes = getattr(config, "classes", None)
-            # Each kind of condition asks the data for its own names: of classes, boxes or label maps.
-            if classes and list(classes) != list(replace(config, classes=[]).completed(name, self.data).classes):
-                raise DarkroomError(
-                    f"--init-from {self.recipe.init_from}: its classes ({', '.join(classes[:4])}, ...) are not "
-                    "the data's; name the class folders alike, or train without --init-from"
-                )
-
-    def _latents(self, first_stage: FirstStage | None, wanted: Collection[str]) -> tuple[Any, Any]:
-        """The two splits as cached posterior moments and the wanted fields; the images themselves for pixel models."""
-        if first_stage is None or isinstance(first_stage.autoencoder, IdentityAutoencoder):
-            return self.data, self.validation
-        autoencoder = first_stage.autoencoder.eval()
-
-        def encode(images: Tensor) -> Tensor:
-            return autoencoder.encode(images.to(self.device)).moments
-
-        self.say("encoding the images to latents")
-        encoder = encoder_fingerprint(autoencoder)
-        caches = []
-        for split, images in (("train", self.data), ("validation", self.validation)):
-            started = time.perf_counter()
-            with Progress(f"encoding {split}", len(images), quiet=self.quiet or not self.world.is_main) as bar:
-
-                def report(done: int, _: int, bar: Progress = bar, started: float = started) -> None:
-                    bar.update(done, done / max(time.perf_counter() - started, 1e-9))
-
-                place = self.folder / "latents" / split
-                caches.append(
-                    LatentCache.build(
-                        images, encode, place, autoencoder=encoder, wanted=wanted, progress=report, say=self.say
-                    )
-                )
-        return caches[0], caches[1]
-
-    def sample_request(self, model: LatentDiffusion) -> Request:
-        """The fixed request of the sample grids: prompts or classes of the recipe or the validation split."""
-        evaluate, conditioner = self.recipe.evaluate, model.conditioner
-        count = evaluate.samples
-        prompts: list[str] | None = None
-        labels: list[str | int] | None = None
-        if "text" in conditioner.fields:
-            captions = list(evaluate.prompts or self.validation.captions() or self.data.captions() or [""])
-            prompts = [captions[i * len(captions) // count % len(captions)] for i in range(count)]
-        elif "class_label" in conditioner.fields:
-            classes = len(self.data.class_names or [0])
-            labels = [i % classes for i in range(count)]
-        conditions = self._sample_conditions(conditioner, count)
-        return Request(prompts=prompts, class_labels=labels, seeds=list(range(count)), conditions=conditions)
-
-    def _sample_conditions(self, conditioner: Conditioner, count: int) -> dict[str, Any] | None:
-        """Boxes, maps and pictures of the examples whose captions are the prompts. With the recipe's own prompts only
-        those that the network cannot do without."""
-        wanted = {
-            field
-            for encoder in encoders_of(conditioner)
-            if encoder.stays or self.recipe.evaluate.prompts is None
-            for field in encoder.fields
-        } - {"text", "class_label"}
-        if not wanted:
-            return None
-        source = self.validation if len(self.validation) else self.data
-        examples = [source[i * len(source) // count] for i in range(count)]
-        return {field: [example[field] for example in examples] for field in sorted(wanted)}
 
     # --- words about the run ---
 
@@ -609,7 +382,7 @@ class _Job:
             "processes": self.world.size,
         }
 
-    def _model_info(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+    def model_info(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         evaluate, size = self.recipe.evaluate, self.recipe.data.size
         width, height = (size, size) if isinstance(size, int) else size
         return {
@@ -634,8 +407,8 @@ class _Job:
             if key in summary
         ]
         scores += [{"name": name, **score} for name, score in summary.get("scores", {}).items()]
-        info = self._model_info(summary) | {
-            "image_size": self._model_info({})["defaults"]["size"],
+        info = self.model_info(summary) | {
+            "image_size": self.model_info({})["defaults"]["size"],
             "channels": self.recipe.data.channels,
             "downsampling": model.downsampling,
             "latent_channels": model.latent_channels,
@@ -649,7 +422,7 @@ class _Job:
             "threads": summary.get("threads"),
             "seed": self.recipe.seed,
             "scores": scores,
-            "prompts": (self.sample_request(model).prompts or [])[:4],
+            "prompts": (sample_request(self, model).prompts or [])[:4],
             "warnings": self.warnings,
             "version": __version__,
         }
@@ -660,7 +433,7 @@ class _Job:
     def _interrupted(self, summary: dict[str, Any]) -> Run:
         summary["interrupted"] = True
         if self.world.is_main:
-            _write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / "summary.json", summary)
             self.say(f"stopped; go on with: darkroom train --resume --output {self.folder}")
         return Run(self.folder, None, None, summary)
 
@@ -685,15 +458,3 @@ def _stage_summary(stage: str, result: LoopResult) -> dict[str, Any]:
         f"{stage}_rollbacks": result.rollbacks,
         **numbers,
     }
-
-
-def _clone_state(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_file(path, text.encode())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
