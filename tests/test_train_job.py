@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import darkroom
+from darkroom.data.latent_cache import LatentCache
 from darkroom.data.sources import open_dataset
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.identity import IdentityAutoencoder
@@ -261,14 +262,12 @@ def test_a_resumed_run_still_tells_how_its_first_stage_went(run: Path, tmp_path:
 def test_ctrl_c_between_the_stages_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import darkroom.train_job as module
-
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     overrides = SHORT | {"first_stage.train.steps": 2, "steps": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(module.LatentCache, "build", interrupted)
+        patch.setattr(LatentCache, "build", interrupted)
         result = train("shapes-tiny", tmp_path / "run", overrides=overrides)
     assert result.interrupted and "--resume" in capsys.readouterr().out
     finished = train(None, tmp_path / "run", resume=True, quiet=True)
