@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> str:
         table.restored("L1 regression", regression.requires_grad_(False), regression, facts["minutes"])
     for name, model in models.items():
         table.generated(name, model, GeneratedPictures)
-        if table.rule.pipeline == "bicubic" and table.rule.factor > 1:
+        if table.rule.pipeline == "bicubic" and table.rule.factor > 1 and not table.rule.blur:
             table.generated(f"{name}, consistent", model, Consistent)
     if options.pictures:
         write_image(table.pictures(options.pictures), options.output / "pictures.png")

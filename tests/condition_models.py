@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from darkroom.build import build_conditioner, build_denoiser, build_first_stage, conditioner_config, denoiser_config
+from darkroom.build import (
+    build_conditioner,
+    build_denoiser,
+    build_first_stage,
+    conditioner_config,
+    denoiser_config,
+    pixel_first_stage,
+)
 from darkroom.conditioning.encoders import ENCODERS
 from darkroom.config import from_dict
 from darkroom.data.degradations import LowResolution
@@ -17,6 +24,7 @@ from darkroom.denoiser import DenoiserConfig
 from darkroom.diffusion.schedules import ScheduleConfig
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.networks.unet import UNetConfig
+from darkroom.pixel_format import PixelFormat
 
 DATA = DataConfig(count=6, size=32, low_resolution=LowResolution(4), repaint_mask=RandomMask())
 TEXT = {"kind": "text", "width": 16, "depth": 1, "heads": 2, "head_width": 8, "length": 12, "vocabulary_size": 64}
@@ -34,11 +42,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(*names: str, **changes: Any) -> LatentDiffusion:
-    """Random weights, 32x32 images of f = 2, with the encoders of KINDS."""
+def make_model(*names: str, pixels: PixelFormat | None = None, f: int = 2, **changes: Any) -> LatentDiffusion:
+    """Random weights, 32x32 images of f = 2, or of f = 1 without a network, with the encoders of KINDS."""
     torch.manual_seed(3)
-    first_stage = build_first_stage({"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 8})
-    first_stage._set(0.1, 2.0)
+    if f == 1:
+        first_stage = pixel_first_stage(3, pixels or PixelFormat())
+    else:
+        sizes = {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 8}
+        first_stage = build_first_stage(sizes | ({} if pixels is None else {"pixels": pixels.to_dict()}))
+        first_stage._set(0.1, 2.0)
     configs = {
         name: from_dict(ENCODERS[KINDS[name]["kind"]].config_class, {**KINDS[name], **changes.get(name, {})})
         for name in names

@@ -80,11 +80,7 @@ def validated(model: LatentDiffusion, request: Request) -> Request:
     assert request.size is not None
     if request.guidance_scale is None or not math.isfinite(request.guidance_scale):
         raise DarkroomError(f"guidance scale is {request.guidance_scale}: it must be a finite number; 1 is off")
-    bad_seeds = [s for s in request.seeds if not 0 <= s < 2**63]
-    if not request.seeds or bad_seeds:
-        raise DarkroomError(
-            f"seed {bad_seeds[0] if bad_seeds else '(none)'}: a seed is a whole number from 0 to 2^63-1"
-        )
+    check_seeds(request.seeds)
     _check_size(model, request.size)
     _check_guidance(model, request)
     fields = model.conditioner.fields
@@ -133,6 +129,12 @@ def _eta(solver: str, eta: float | None) -> float | None:
     if eta is not None and not 0 <= eta <= 1:
         raise DarkroomError(f"eta is {eta}: it must be from 0 (no fresh noise) to 1")
     return None if default is None else default if eta is None else eta
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    bad = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if not seeds or bad:
+        raise DarkroomError(f"seed {bad[0] if bad else '(none)'}: a seed is a whole number from 0 to 2^63-1")
 
 
 def _check_guidance(model: LatentDiffusion, request: Request) -> None:

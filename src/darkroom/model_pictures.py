@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from darkroom.data.resizing import bicubic
 from darkroom.errors import DarkroomError
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import load
@@ -67,3 +68,10 @@ def grey_again(image: Tensor, channels: int) -> Tensor:
 def from_network(image: Tensor, pixels: PixelFormat, channels: int) -> np.ndarray:
     """(channels of the model, H, W) in [-1, 1] -> (H, W, channels) in the numbers of the picture."""
     return pixels.from_network(grey_again(image, channels)).permute(1, 2, 0).contiguous().numpy()
+
+
+def resized_alpha(alpha: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """(H, W, 1) of an integer type or float32 -> (*size, 1): opacity by bicubic, within what it was."""
+    values = torch.from_numpy(alpha[..., 0].astype(np.float32))[None]
+    resized = bicubic(values, (size[0], size[1])).clamp(values.min(), values.max())[0].numpy()
+    return (np.rint(resized) if alpha.dtype.kind in "iu" else resized).astype(alpha.dtype)[..., None]

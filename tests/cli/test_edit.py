@@ -19,6 +19,7 @@ from tiny_models import full_disk
 from darkroom.cli.edit import parse_expand
 from darkroom.data.image_files import image_bytes, read_samples
 from darkroom.errors import DarkroomError
+from darkroom.pixel_format import PixelFormat
 
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -43,7 +44,7 @@ def values_of(path: str | Path) -> np.ndarray:
     return read_samples(Path(path).read_bytes()).values
 
 
-def assert_kept(before: str, after: str, mask: np.ndarray) -> None:
+def assert_kept(before: str | Path, after: str | Path, mask: np.ndarray) -> None:
     one, two = values_of(before), values_of(after)
     assert one.shape == two.shape and one.dtype == two.dtype
     assert np.array_equal(one[~mask], two[~mask]) and not np.array_equal(one[mask], two[mask])
@@ -168,7 +169,10 @@ def test_variations_of_a_photo(run: Run, models: Path) -> None:
     Image.fromarray(numbers((40, 40, 4))).save("a.png")
     status, out, error = run("edit", "a.png", "a red fox", "-m", models / "text", "--strength", 0.5, "--seed", 1, 2)
     assert status == 0 and out.split() == ["a-edited-seed1.png", "a-edited-seed2.png"]
-    assert values_of("a-edited-seed1.png").shape == (32, 32, 3) and "have 32x32 pixels" in error
+    made = values_of("a-edited-seed1.png")
+    assert made.shape == (32, 32, 4) and "have 32x32 pixels" in error
+    alpha = Image.fromarray(numbers((40, 40, 4))[..., 3].astype(np.float32)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.abs(made[..., 3] - np.clip(np.asarray(alpha), 0, 255)).max() < 2
     with Image.open("a-edited-seed1.png") as picture:
         record = json.loads(picture.info["darkroom"])
     assert record["request"]["prompts"] == ["a red fox", "a red fox"] and record["edit"]["strength"] == 0.5
@@ -244,12 +248,74 @@ def test_what_cannot_be_is_refused_in_one_line(refused: Refused, model: str, arg
     assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(refused: Refused, model: str) -> None:
+def test_a_folder_without_permission(refused: Refused, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(numbers((32, 32, 3))).save("a.png")
     write_mask("m.png", 32, 32)
-    Path("closed").mkdir(mode=0o500)
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
     assert "no permission" in refused("edit", "a.png", "-m", model, "--mask", "m.png", "-o", "closed/b.png")
+
+
+def test_the_photo_is_never_the_output_however_it_is_spelt(refused: Refused, model: str) -> None:
+    Path("in").mkdir()
+    Image.fromarray(numbers((32, 32, 3))).save("in/a.png")
+    write_mask("in/a_mask.png", 32, 32)
+    Path("link.png").symlink_to("in/a.png")
+    before = {p: p.read_bytes() for p in Path("in").iterdir()}
+    for photo, output in (("in/../in/a.png", "in/a.png"), ("in/a.png", "link.png"), ("link.png", "in/a_mask.png")):
+        command = ("edit", photo, "-m", model, "--mask", "in/a_mask.png", "-o", output, "--overwrite")
+        assert "the photo or the mask itself" in refused(*command)
+    assert "the photo or the mask itself" in refused("edit", "in", "-m", model, "-o", "in/../in", "--overwrite")
+    assert {p: p.read_bytes() for p in Path("in").iterdir()} == before
+
+
+def test_a_seed_that_is_named_twice_is_made_once(run: Run, model: str) -> None:
+    Image.fromarray(numbers((32, 32, 3))).save("a.png")
+    write_mask("m.png", 32, 32)
+    status, out, _ = run("edit", "a.png", "-m", model, "--mask", "m.png", "--seed", "1", "1", "0..1")
+    assert status == 0 and out.split() == ["a-edited-seed1.png", "a-edited-seed0.png"]
+
+
+def test_only_what_is_missing_in_a_folder_is_made(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of several seeds; the folder is the working one, and masks are named as in training."""
+    Path("in").mkdir()
+    Image.fromarray(numbers((32, 32, 3))).save("in/a.png")
+    write_mask("in/a.mask.png", 32, 32)
+    monkeypatch.chdir("in")
+    status, out, _ = run("edit", ".", "-m", model, "--seed", "0", "1")
+    written = [Path(line) for line in out.split()]
+    assert status == 0 and [p.name for p in written] == ["a-seed0.png", "a-seed1.png"]
+    assert written[0].parent == Path.cwd().parent / "in-edited"
+    made = written[1].read_bytes()
+    written[0].write_bytes(b"mine")
+    written[1].unlink()
+    status, out, error = run("edit", ".", "-m", model, "--seed", "0", "1")
+    assert status == 0 and out.split() == [str(written[1])] and "already" not in error
+    assert written[0].read_bytes() == b"mine" and values_of(written[1]).tobytes() == read_samples(made).values.tobytes()
+    write_mask("a_mask.png", 32, 32)
+    assert "are masks of one picture" in run("edit", ".", "-m", model)[2]
+
+
+def test_a_folder_of_floating_point(run: Run, refused: Refused, tmp_path: Path) -> None:
+    made = make_model("masked_image", pixels=PixelFormat("float32", 0, 4))
+    made.info |= {"defaults": {"size": [32, 32], "steps": 1, "solver": "ddim"}}
+    model = made.save(tmp_path / "float" / "model")
+    Path("in").mkdir()
+    Path("in/a.tif").write_bytes(image_bytes(numbers((32, 32, 3)).astype(np.float32) / 64, ".tif"))
+    mask = write_mask("in/a_mask.png", 32, 32)
+    assert run("edit", "in", "-m", model, "-o", "out")[1].split() == ["out/a.tif"]
+    assert_kept("in/a.tif", "out/a.tif", mask)
+    assert "1 of 1 are there already" in run("edit", "in", "-m", model, "-o", "out")[2]
+    before = Path("in/a.tif").read_bytes()
+    _, _, error = run("edit", "in", "-m", model, "-o", "in", "--overwrite")
+    assert "in/a.tif: that is the photo or the mask itself" in error and Path("in/a.tif").read_bytes() == before
+    Path("out/a.tif").write_bytes(b"mine")
+    single = ("edit", "in/a.tif", "-m", model, "--mask", "in/a_mask.png", "-o", "out/")
+    assert "out/a.tif is there already" in refused(*single)
+    assert run(*single[:-1], "out/a.npy")[0] == 0
+    assert "Steps: 1" in json.loads(Path("out/a.json").read_text())["parameters"]
+    Path("file").write_text("")
+    assert "for several pictures name a folder" in refused("edit", "in", "-m", model, "-o", "file")
 
 
 def test_models_that_cannot(refused: Refused, models: Path) -> None:

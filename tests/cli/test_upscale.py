@@ -17,6 +17,7 @@ from PIL import Image
 
 from darkroom.data.degradations import LowResolution, degrade
 from darkroom.data.image_files import image_bytes
+from darkroom.pixel_format import PixelFormat
 
 Run = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -134,11 +135,51 @@ def test_bad_input_is_one_line(refused: Refused, model: str, monkeypatch: pytest
     assert sorted(p.name for p in Path().iterdir() if p.name.startswith(("b.", "."))) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(refused: Refused, model: str) -> None:
+def test_a_folder_without_permission(refused: Refused, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(numbers((8, 8, 3))).save("a.png")
-    Path("closed").mkdir(mode=0o500)
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write everywhere
     assert "no permission to write" in refused("upscale", "a.png", "-m", model, "-o", "closed/b.png")
+
+
+def test_the_photo_is_never_the_output_however_it_is_spelt(
+    run: Run, refused: Refused, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in").mkdir()
+    Image.fromarray(numbers((8, 8, 3))).save("in/a.png")
+    Path("link.png").symlink_to("in/a.png")
+    before = Path("in/a.png").read_bytes()
+    for photo, output in (("in/../in/a.png", "in/a.png"), ("in/a.png", "link.png"), ("in", "in/../in")):
+        assert "that is the photo itself" in refused("upscale", photo, "-m", model, "-o", output, "--overwrite")
+    monkeypatch.chdir("in")
+    status, out, _ = run("upscale", ".", "-m", model)
+    assert status == 0 and Path(out.strip()) == Path.cwd().parent / "in-upscaled" / "a.png"
+    assert Path("a.png").read_bytes() == before
+    assert "no folder can lie beside it" in refused("upscale", "/", "-m", model)
+
+
+def test_floating_point_goes_where_it_can_be_held(run: Run, refused: Refused, tmp_path: Path) -> None:
+    made = make_model("low_resolution", pixels=PixelFormat("float32", 0, 4), low_resolution={"noise_levels": 0})
+    made.info |= {"defaults": {"size": [32, 32], "steps": 1, "solver": "ddim"}}
+    model = made.save(tmp_path / "float" / "model")
+    Path("in").mkdir()
+    Path("in/a.tif").write_bytes(image_bytes(numbers((8, 8, 3)).astype(np.float32) / 64, ".tif"))
+    before = Path("in/a.tif").read_bytes()
+    assert run("upscale", "in", "-m", model, "-o", "out")[1].split() == ["out/a.tif"]
+    status, _, error = run("upscale", "in", "-m", model, "-o", "out")
+    assert status == 0 and "1 of 1 are there already" in error
+    _, _, error = run("upscale", "in", "-m", model, "-o", "in", "--overwrite")
+    assert "in/a.tif: that is the photo itself" in error and Path("in/a.tif").read_bytes() == before
+    assert run("upscale", "in/a.tif", "-m", model)[1].split() == ["in/a-upscaled.tif"]
+    assert "in/a-upscaled.tif is there already" in refused("upscale", "in/a.tif", "-m", model)
+    assert run("upscale", "in/a.tif", "-m", model, "-o", "b.npy")[0] == 0 and Path("b.json").is_file()
+
+
+def test_grey_with_opacity_in_a_tiff(run: Run, model: str) -> None:
+    Image.fromarray(numbers((8, 8, 2)), "LA").save("a.png")
+    assert run("upscale", "a.png", "-m", model, "-o", "b.tif")[0] == 0
+    assert run("upscale", "b.tif", "-m", model, "-o", "c.png")[0] == 0
+    assert opened("c.png").mode == "LA"
 
 
 def test_other_models_are_refused(refused: Refused, models: Path) -> None:

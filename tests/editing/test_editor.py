@@ -10,11 +10,11 @@ import torch
 from condition_models import make_model
 
 import darkroom
-from darkroom.build import build_conditioner, build_first_stage
 from darkroom.editing import Edited, Editor, EditSettings
 from darkroom.editing.seams import without_seam
 from darkroom.errors import DarkroomError
 from darkroom.latent_diffusion import LatentDiffusion
+from darkroom.pixel_format import PixelFormat
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,27 @@ def test_sixteen_bits_are_not_eight(masked: LatentDiffusion) -> None:
     assert len(np.unique(new % 257)) > 50
 
 
-def test_floating_point_for_a_model_of_it(masked: LatentDiffusion) -> None:
-    pixels = {"dtype": "float32", "low": -10.0, "high": 30.0}
-    sizes = {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 8}
-    first_stage = build_first_stage(sizes | {"pixels": pixels})
-    conditioner = build_conditioner(masked.conditioner.config_dict, first_stage)  # type: ignore[arg-type]
-    model = LatentDiffusion(first_stage, masked.denoiser, conditioner, masked.info)
+def test_floating_point_for_a_model_of_it() -> None:
+    model = make_model("masked_image", pixels=PixelFormat("float32", -10, 30))
     image = np.random.default_rng(0).uniform(-10, 30, (32, 32, 3)).astype(np.float32)
     result = darkroom.edit(image, hole(32, 32), model, steps=1)
     assert_kept(image, result)
+
+
+def test_pixels_without_a_first_stage() -> None:
+    model = make_model("masked_image", f=1)
+    image = picture(35, 41)
+    assert_kept(image, darkroom.edit(image, hole(35, 41), model, steps=1))
+
+
+# ---- one seed or several, one side or all
+
+
+def test_a_number_stands_for_a_tuple(masked: LatentDiffusion) -> None:
+    image = picture(32, 32)
+    one, same = (darkroom.edit(image, None, masked, seeds=s, expand=e, steps=1) for s, e in ((3, 4), ((3,), (4,) * 4)))
+    assert len(one.images) == 1 and one.images[0].shape == (40, 40, 3)
+    assert np.array_equal(one.images[0], same.images[0])
 
 
 # ---- several windows
@@ -198,7 +210,9 @@ def test_colours_meet_at_the_seam() -> None:
         ((1, 1, 3), "white", {}, "the mask is white everywhere"),
         ((40, 40, 4), "hole", {}, "the picture has 4 channels, the model works on 3"),
         ((40, 0, 3), "hole", {}, "is not a picture"),
-        ((40, 40, 3), "hole", {"seeds": ()}, "no seed was given"),
+        ((40, 40, 3), "hole", {"seeds": ()}, r"seed \(none\): a seed is"),
+        ((40, 40, 3), "hole", {"seeds": -1}, "seed -1: a seed is"),
+        ((40, 40, 3), "hole", {"seeds": (0, 2**63)}, "seed 9223372036854775808: a seed is"),
         ((40, 40, 3), "hole", {"strength": 0.0}, "strength is 0"),
         ((40, 40, 3), "hole", {"strength": 2.0}, "strength is 2"),
         ((40, 40, 3), "hole", {"expand": (0, -1, 0, 0)}, "expand is 0,-1,0,0"),

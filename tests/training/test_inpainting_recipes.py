@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from darkroom.errors import DarkroomError
 from darkroom.first_stage.identity import IdentityAutoencoder
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_io import save
+from darkroom.networks.unet import UNet, UNetConfig
 from darkroom.objective import ObjectiveConfig
 from darkroom.train_job import train
 from darkroom.training.denoiser_step import DenoiserStep
@@ -107,6 +109,14 @@ def test_the_row_of_pixels(pictures: Path, tmp_path: Path) -> None:
     model = darkroom.load(tmp_path / "run" / "model", device="cpu")
     assert isinstance(model, LatentDiffusion) and in_channels(tmp_path / "run") == 3 + 3 + 1
     assert model.first_stage is None or isinstance(model.first_stage.autoencoder, IdentityAutoencoder)
+    # Of equal size, within what attention at one level more would add.
+    sizes = []
+    for name, inputs, outputs in (("inpaint-f1", 3 + 3 + 1, 3), ("clothing-inpaint", 4 + 4 + 16, 4)):
+        network = resolve(read_recipe(find_recipe(name))).denoiser.network
+        assert isinstance(network, UNetConfig)
+        made = UNet(replace(network, in_channels=inputs, out_channels=outputs))
+        sizes.append(sum(p.numel() for p in made.parameters()))
+    assert 0.95 < sizes[0] / sizes[1] <= 1
 
 
 def test_half_the_size_is_the_only_difference() -> None:

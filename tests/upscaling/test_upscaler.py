@@ -81,6 +81,51 @@ def test_consistency_is_exact(model: LatentDiffusion) -> None:
     assert not torch.equal(degrade(torch.from_numpy(plain.image.transpose(2, 0, 1).copy()), LowResolution(4)), small)
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "grey", "grey of 16 bits"])
+def test_consistency_of_other_kinds(model: LatentDiffusion, kind: str) -> None:
+    channels, dtype = 1 if "grey" in kind else 3, np.uint16 if "16" in kind else np.uint8
+    truth = torch.from_numpy(picture(44, 36, channels, dtype).transpose(2, 0, 1).copy())
+    small = degrade(truth, LowResolution(4))
+    image = small.permute(1, 2, 0).numpy()
+    result = darkroom.upscale(image[..., 0] if channels == 1 else image, model, steps=1, consistency=True)
+    made = np.atleast_3d(result.image).transpose(2, 0, 1).copy()
+    assert made.dtype == dtype and torch.equal(degrade(torch.from_numpy(made), LowResolution(4)), small)
+
+
+def test_consistency_of_floating_point() -> None:
+    pixels = PixelFormat("float32", 200, 320)
+    model = make_model("low_resolution", pixels=pixels, low_resolution={"noise_levels": 0})
+    truth = 200 + 120 * torch.from_numpy(picture(44, 36).transpose(2, 0, 1).copy()).float() / 255
+    small = degrade(truth, LowResolution(4))
+    result = darkroom.upscale(small.permute(1, 2, 0).numpy(), model, steps=1, consistency=True)
+    back = degrade(torch.from_numpy(result.image.transpose(2, 0, 1).copy()), LowResolution(4))
+    assert result.image.dtype == np.float32 and float((back - small).abs().max()) < 120 / 2**15
+
+
+def test_the_smallest_windows_share_nothing(model: LatentDiffusion) -> None:
+    """A window of one step of the network's grid begins where its neighbour ends."""
+    step = model.downsampling * model.size_multiple
+    result = darkroom.upscale(picture(9, 5), model, steps=1, window=step)
+    assert result.settings["upscale"]["overlap"] == 0 and result.settings["upscale"]["window"] == step
+    with pytest.raises(DarkroomError, match=f"windows of {step} pixels overlap by 0 to 0, not by 1"):
+        darkroom.upscale(picture(9, 5), model, steps=1, window=step, overlap=1)
+
+
+def test_pixels_without_a_first_stage() -> None:
+    model = make_model("low_resolution", f=1, low_resolution={"noise_levels": 0})
+    result = darkroom.upscale(picture(11, 9), model, steps=1, consistency=True)
+    assert result.image.shape == (36, 44, 3)
+
+
+@pytest.mark.parametrize("part", ["solve", "decode"])
+def test_what_is_not_finite_is_said(model: LatentDiffusion, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of: Any = LatentDiffusion if part == "solve" else type(model.first_stage)
+    right = getattr(of, part)
+    monkeypatch.setattr(of, part, lambda *given, **options: right(*given, **options) * torch.nan)
+    with pytest.raises(DarkroomError, match="the result is not finite"):
+        darkroom.upscale(picture(8, 8), model, steps=1)
+
+
 def test_progress_ends_where_it_said(model: LatentDiffusion) -> None:
     told: list[tuple[str, float, int]] = []
     darkroom.upscale(
@@ -131,12 +176,13 @@ def test_models_and_memory(model: LatentDiffusion, monkeypatch: pytest.MonkeyPat
     Upscaler(model).check_memory(400, 300)
     with pytest.raises(DarkroomError, match="20000x20000 becomes 80000x80000, which needs about"):
         Upscaler(model).check_memory(20000, 20000)
-    model.info["data"]["low_resolution"]["pipeline"] = "bsr"
-    try:
-        with pytest.raises(DarkroomError, match="undo damage"):
+    for damage, shown in (({"pipeline": "bsr"}, "bsr"), ({"pipeline": "bicubic", "blur": 1.6}, "blur 1.6")):
+        monkeypatch.setitem(model.info["data"], "low_resolution", {"factor": 4, **damage})
+        with pytest.raises(DarkroomError, match=rf"trained to undo damage \({shown}\)"):
             Upscaler(model)(picture(8, 8), UpscaleSettings(consistency=True))
-    finally:
-        model.info["data"]["low_resolution"]["pipeline"] = "bicubic"
+    for clean in ({"factor": 4}, {"factor": 4, "pipeline": "bicubic", "blur": 0.0}, None):
+        monkeypatch.setitem(model.info["data"], "low_resolution", clean)
+        assert Upscaler(model).damage is None
 
 
 def test_pixels_of_floating_point_models(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,14 @@ from darkroom.upscaling.windows import Window, WindowedDenoise, make_windows, se
 
 @pytest.mark.parametrize(
     ("height", "width", "side", "overlap", "multiple"),
-    [(64, 96, 32, 8, 4), (12, 100, 16, 8, 4), (40, 40, 40, 0, 1), (7, 9, 4, 2, 1), (64, 64, 16, 0, 2)],
+    [
+        (64, 96, 32, 8, 4),
+        (12, 100, 16, 8, 4),
+        (40, 40, 40, 0, 1),
+        (7, 9, 4, 2, 1),
+        (64, 64, 16, 0, 2),
+        (16, 16, 4, 0, 4),
+    ],
 )
 def test_shares_sum_to_one_and_fade_out(height: int, width: int, side: int, overlap: int, multiple: int) -> None:
     windows = make_windows(height, width, side, overlap, multiple)
@@ -47,7 +54,7 @@ def test_two_shares_are_the_halves_of_a_circle() -> None:
 
 
 def test_windows_that_do_not_fit_are_refused() -> None:
-    for side, overlap, multiple in ((10, 2, 4), (0, 0, 1), (8, 5, 1)):
+    for side, overlap, multiple in ((10, 2, 4), (0, 0, 1), (8, 5, 1), (4, 1, 4)):
         with pytest.raises(DarkroomError, match="windows of"):
             make_windows(16, 16, side, overlap, multiple)
 

@@ -11,7 +11,18 @@ import click
 
 from darkroom.cli.models import open_model, shareable
 from darkroom.cli.outputs import check_writable
-from darkroom.cli.photos import check_origins, do_each, note_done, note_frames, note_profile, pictures_in, refuse_there
+from darkroom.cli.photos import (
+    check_origins,
+    do_each,
+    fitted_output,
+    folder_beside,
+    is_done,
+    note_done,
+    note_frames,
+    note_profile,
+    pictures_in,
+    refuse_there,
+)
 from darkroom.cli.seeds import SeedsCommand, parse_seeds
 from darkroom.errors import DarkroomError
 from darkroom.generation_defaults import DEFAULT_MODELS
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = DEFAULT_MODELS["edit"]
 ADDED = "-edited"  # to a name without --output
-MASK = "_mask"  # at the end of the name of a mask in a folder
+MASKS = ("_mask", ".mask")  # at the end of the name of a mask in a folder: a_mask.png, or a.mask.png as in training
 MAX_EXPAND = 16_384
 
 
@@ -80,39 +91,51 @@ def edit(
     from darkroom.editing import Editor, EditSettings
 
     given = {name: options[name] for name in EditSettings.__dataclass_fields__ if name in options}
-    given |= {"seeds": tuple(parse_seeds(options["seeds"])) or (0,), "expand": parse_expand(options["expand"])}
+    given |= {
+        "seeds": tuple(dict.fromkeys(parse_seeds(options["seeds"]))) or (0,),
+        "expand": parse_expand(options["expand"]),
+    }
     settings = EditSettings(**given)
     jobs = choose_jobs(photo, mask, output, settings.seeds)
     many = photo.is_dir()
-    if not overwrite:
-        there = [path for job in jobs for path in job.outputs.values() if path.exists()]
-        if there and not many:
-            refuse_there(there[0])
-        done = [job for job in jobs if all(path.exists() for path in job.outputs.values())]
-        if done:
-            note_done(len(done), len(jobs))
-        jobs = [job for job in jobs if job not in done]
+    if many and not overwrite:
+        todo = [replace(job, outputs={s: p for s, p in job.outputs.items() if not is_done(p)}) for job in jobs]
+        jobs = [job for job in todo if job.outputs]
+        if len(jobs) < len(todo):
+            note_done(len(todo) - len(jobs), len(todo))
+    elif there := [path for path in jobs[0].outputs.values() if path.exists() and not overwrite]:
+        refuse_there(there[0])
     if not jobs:
         return
     for job in jobs:
         check_writable(next(iter(job.outputs.values())).parent)
-    first = None if many else _read(jobs[0], settings)  # what is wrong with it is said before a model is loaded
+    first = None if many else _read(jobs[0], settings, overwrite)  # what is wrong is said before a model is loaded
     needed = "it cannot repaint: give a whole model"
     editor = Editor(open_model(model, "edit", options["device"], options["threads"], needed))
     source = shareable(model or DEFAULT_MODEL)
 
     def make(job: Job) -> list[Path]:
-        return _make(editor, job, first or _read(job, settings), settings, source)
+        return _make(editor, job, first or _read(job, settings, overwrite), settings, source)
 
     do_each(jobs, make, many, "edited")
 
 
 @dataclass(frozen=True)
 class Job:
-    """outputs: by seed."""
+    """outputs: by seed; named: they are what someone typed, their type included."""
 
     photo: Path
     mask: Path | None
+    outputs: dict[int, Path]
+    named: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job whose files have been read. mask: (H, W) bool or None; outputs: by seed, in types that can hold them."""
+
+    photo: Photograph
+    mask: np.ndarray | None
     outputs: dict[int, Path]
 
 
@@ -120,33 +143,37 @@ def choose_jobs(photo: Path, mask: Path | None, output: Path | None, seeds: Sequ
     """What becomes what."""
     if not photo.is_dir():
         into = output is not None and (output.is_dir() or not output.suffix)
+        named = output is not None and not into
         if output is None or into:
             output = (output or photo.parent) / f"{photo.stem}{'' if into else ADDED}.png"
-        jobs = [Job(photo, mask, _outputs(output, seeds))]
+        jobs = [Job(photo, mask, _outputs(output, seeds), named)]
     else:
         if mask is not None:
-            raise DarkroomError(f"{photo} is a folder, whose masks lie in it: a.jpg and a{MASK}.png; leave out --mask")
-        folder = output or photo.with_name(photo.name + ADDED)
+            raise DarkroomError(
+                f"{photo} is a folder, whose masks lie in it: a.jpg and a{MASKS[0]}.png; leave out --mask"
+            )
+        folder = output or folder_beside(photo, ADDED)
         if folder.exists() and not folder.is_dir():
             raise DarkroomError(f"{folder} is a file; for several pictures name a folder")
         jobs = [Job(p, m, _outputs(folder / f"{p.stem}.png", seeds)) for p, m in pairs(photo)]
-    for job in jobs:
-        for path in job.outputs.values():
-            if path.absolute() in (job.photo.absolute(), None if job.mask is None else job.mask.absolute()):
-                raise DarkroomError(f"{path}: that is the photo or the mask itself; choose another output")
-    check_origins([(path, job.photo) for job in jobs for path in job.outputs.values()])
+    outputs = [(path, job.photo) for job in jobs for path in job.outputs.values()]
+    check_origins(outputs, _read_files(jobs), "the photo or the mask")
     return jobs
 
 
 def pairs(folder: Path) -> list[tuple[Path, Path]]:
     """The pictures of a folder that have a mask beside them, with it; says which have none."""
     found = pictures_in(folder)
-    masks = {p.stem.removesuffix(MASK): p for p in found if p.stem.endswith(MASK)}
-    pictures = [p for p in found if not p.stem.endswith(MASK)]
+    masks: dict[str, Path] = {}
+    for path in [p for p in found if p.stem.endswith(MASKS)]:
+        name = path.stem[: -len(MASKS[0])]
+        if (other := masks.setdefault(name, path)) != path:
+            raise DarkroomError(f"{other} and {path} are masks of one picture; take one of them away")
+    pictures = [p for p in found if not p.stem.endswith(MASKS)]
     together = [(p, masks[p.stem]) for p in pictures if p.stem in masks]
     if not together:
         raise DarkroomError(
-            f"{folder}: no picture has a mask beside it; a.jpg needs a{MASK}.png, white where to repaint"
+            f"{folder}: no picture has a mask beside it; a.jpg needs a{MASKS[0]}.png, white where to repaint"
         )
     if alone := [p.name for p in pictures if p.stem not in masks]:
         click.echo(f"note: {len(alone)} of {len(pictures)} pictures have no mask, the first is {alone[0]}", err=True)
@@ -159,16 +186,20 @@ def _outputs(path: Path, seeds: Sequence[int]) -> dict[int, Path]:
     return {seed: path.with_name(f"{path.stem}-seed{seed}{path.suffix}") for seed in seeds}
 
 
-def _read(job: Job, settings: EditSettings) -> tuple[Photograph, np.ndarray | None]:
-    """The photo and what is to be repainted; complains about what cannot be done, also of the output's type."""
-    from darkroom.data.image_files import check_suffix
+def _read_files(jobs: Sequence[Job]) -> list[Path]:
+    return [path for job in jobs for path in (job.photo, job.mask) if path is not None]
+
+
+def _read(job: Job, settings: EditSettings, overwrite: bool) -> Ready:
+    """The photo, what is to be repainted, and the files of the results; complains about what cannot be done."""
     from darkroom.data.photographs import read_photograph
     from darkroom.editing.editor import as_hole, check_hole, expanded
 
     photo = read_photograph(job.photo)
-    channels = photo.values.shape[2] + (photo.alpha is not None)
-    for path in job.outputs.values():
-        check_suffix(path, channels, str(photo.values.dtype))
+    outputs = {seed: fitted_output(path, job.named, photo) for seed, path in job.outputs.items()}
+    check_origins([(path, job.photo) for path in outputs.values()], _read_files([job]), "the photo or the mask")
+    if there := [path for path in outputs.values() if path.exists() and not overwrite]:
+        refuse_there(there[0])
     mask = None if job.mask is None else read_mask(job.mask)
     if mask is not None:
         try:
@@ -177,7 +208,7 @@ def _read(job: Job, settings: EditSettings) -> tuple[Photograph, np.ndarray | No
         except DarkroomError as error:
             raise DarkroomError(f"{job.mask}: {error}") from None
     note_frames(job.photo, photo)
-    return photo, mask
+    return Ready(photo, mask, outputs)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -192,40 +223,43 @@ def read_mask(path: Path) -> np.ndarray:
     return white if photo.alpha is None else white & (photo.alpha[..., 0] >= top / 2)
 
 
-def _make(
-    editor: Editor, job: Job, given: tuple[Photograph, np.ndarray | None], settings: EditSettings, source: str
-) -> list[Path]:
+def _make(editor: Editor, job: Job, ready: Ready, settings: EditSettings, source: str) -> list[Path]:
     """All images of one photo; gives where they were written."""
     from darkroom.cli.progress import StepBar
-    from darkroom.data.photographs import photograph_bytes
+    from darkroom.data.photographs import save_photograph
     from darkroom.png_settings import png_text
-    from darkroom.safe_files import write_file
 
-    photo, mask = given
+    photo, settings = ready.photo, replace(settings, seeds=tuple(ready.outputs))
     try:
         with StepBar("editing", 100, "%") as bar:  # how many steps there are follows from the mask
             report = bar.update
-            result = editor(photo.values, mask, settings, lambda done, total: report(max(1, 100 * done // total)))
+            result = editor(photo.values, ready.mask, settings, lambda done, total: report(max(1, 100 * done // total)))
     except DarkroomError as error:
         raise DarkroomError(f"{job.photo}: {error}") from None
-    for image, record, path in zip(result.images, result.settings, job.outputs.values(), strict=True):
+    written = list(ready.outputs.values())
+    for image, record, path in zip(result.images, result.settings, written, strict=True):
         if source:
             record["model"]["source"] = source
         edited = replace(photo, values=image, alpha=_alpha(photo, result, settings))
-        write_file(path, photograph_bytes(edited, path.suffix.lower(), png_text(record)))
-    note_profile(job.photo, photo, list(job.outputs.values()))
+        save_photograph(path, edited, png_text(record))
+    note_profile(job.photo, photo, written)
     if result.mask is None and result.images[0].shape != photo.values.shape:
         height, width = result.images[0].shape[:2]
         click.echo(f"note: the variations have {width}x{height} pixels, which the model makes at once", err=True)
-    return list(job.outputs.values())
+    return written
 
 
 def _alpha(photo: Photograph, result: Edited, settings: EditSettings) -> np.ndarray | None:
-    """Opacity as it was, full in what was added; none for a picture of another size."""
+    """Opacity as it was, full in what was added; of variations of another size, resized along."""
     import numpy as np
 
-    if photo.alpha is None or (result.mask is None and result.images[0].shape[:2] != photo.alpha.shape[:2]):
+    from darkroom.model_pictures import resized_alpha
+
+    if photo.alpha is None:
         return None
+    if result.mask is None:
+        size = result.images[0].shape[:2]
+        return photo.alpha if size == photo.alpha.shape[:2] else resized_alpha(photo.alpha, size)
     left, top, right, bottom = settings.expand
     full = np.iinfo(photo.alpha.dtype).max if photo.alpha.dtype.kind in "iu" else 1.0
     return np.pad(photo.alpha, ((top, bottom), (left, right), (0, 0)), constant_values=full)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from darkroom.data.photographs import Photograph
 
 JobT = TypeVar("JobT")
+DEFAULT_SUFFIXES = (".png", ".tif", ".npy")  # of `default_suffix`
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -42,12 +43,40 @@ def note_profile(path: Path, photo: Photograph, outputs: Sequence[Path]) -> None
         click.echo(f"note: only .png keeps the colour profile of {path}", err=True)
 
 
-def check_origins(outputs: Sequence[tuple[Path, Path]]) -> None:
-    """(output, photo) of all that will be written: no file is written twice."""
+def folder_beside(place: Path, added: str) -> Path:
+    """Where the results of a folder go without --output: beside it, under its name and `added`."""
+    named = place.resolve() if place.name in ("", "..") else place
+    if not named.name:
+        raise DarkroomError(f"{place}: no folder can lie beside it; name one with -o")
+    return named.with_name(named.name + added)
+
+
+def check_origins(outputs: Sequence[tuple[Path, Path]], inputs: Sequence[Path], what: str) -> None:
+    """(output, photo) of all that will be written, and what will be read: no file is written twice, and none of those
+    that are read. what: they are, in the message."""
+    read = {path.resolve() for path in inputs}
     origins: dict[Path, Path] = {}
     for output, photo in outputs:
-        if (other := origins.setdefault(output.absolute(), photo)) != photo:
+        if output.resolve() in read:
+            raise DarkroomError(f"{output}: that is {what} itself; choose another output")
+        if (other := origins.setdefault(output.resolve(), photo)) != photo:
             raise DarkroomError(f"{other} and {photo} would both become {output}; put them into two folders")
+
+
+def is_done(output: Path) -> bool:
+    """Whether a file of a folder's results is there, whatever type it needed."""
+    return any(output.with_suffix(suffix).exists() for suffix in DEFAULT_SUFFIXES)
+
+
+def fitted_output(output: Path, named: bool, photo: Photograph) -> Path:
+    """Where a result of this photo goes: into the file that was named, if its type can hold it, else into one of a type
+    that can."""
+    from darkroom.data.image_files import check_suffix, default_suffix
+
+    channels, dtype = photo.values.shape[2] + (photo.alpha is not None), str(photo.values.dtype)
+    path = output if named else output.with_suffix(default_suffix(channels, dtype))
+    check_suffix(path, channels, dtype)
+    return path
 
 
 def do_each(jobs: Sequence[JobT], make: Callable[[JobT], Sequence[Path]], many: bool, what: str) -> None:

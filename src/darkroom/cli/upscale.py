@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from darkroom.cli.models import open_model, shareable
-from darkroom.cli.photos import check_origins, do_each, note_done, note_frames, note_profile, pictures_in, refuse_there
+from darkroom.cli.photos import (
+    check_origins,
+    do_each,
+    fitted_output,
+    folder_beside,
+    is_done,
+    note_done,
+    note_frames,
+    note_profile,
+    pictures_in,
+    refuse_there,
+)
 from darkroom.errors import DarkroomError
 from darkroom.generation_defaults import DEFAULT_MODELS
 
@@ -56,9 +67,7 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
       darkroom upscale -m runs/deblur holiday/ -o sharp/
     """
     jobs, many = choose_jobs(photos, output)
-    todo = [job for job in jobs if overwrite or not job.output.exists()]
-    if not many and not todo:
-        refuse_there(jobs[0].output)
+    todo = [job for job in jobs if overwrite or not many or not is_done(job.output)]
     if len(todo) < len(jobs):
         note_done(len(jobs) - len(todo), len(jobs))
     if not todo:
@@ -69,10 +78,13 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
 
     for job in todo:
         check_writable(job.output.parent)
+    read = [job.photo for job in jobs]
     first = None
     if not many:  # what is wrong with it is said before a model is loaded
+        if todo[0].named and todo[0].output.exists() and not overwrite:
+            refuse_there(todo[0].output)
         first = read_photograph(todo[0].photo)
-        _target(todo[0], first, overwrite)
+        _target(todo[0], first, read, overwrite)
 
     from darkroom.upscaling import Upscaler, UpscaleSettings
 
@@ -85,7 +97,8 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
     source = shareable(model or DEFAULT_MODEL)
 
     def make(job: Job) -> list[Path]:
-        return [_make(upscaler, job, first or read_photograph(job.photo), settings, source, overwrite)]
+        photo = first or read_photograph(job.photo)
+        return [_make(upscaler, job, photo, _target(job, photo, read, overwrite), settings, source)]
 
     do_each(todo, make, many, "upscaled")
 
@@ -110,7 +123,7 @@ def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job],
     else:
         jobs = []
         for place in photos:
-            folder = output or (place.with_name(place.name + ADDED) if place.is_dir() else place.parent)
+            folder = output or (folder_beside(place, ADDED) if place.is_dir() else place.parent)
             found = [place]
             if place.is_dir():
                 found = pictures_in(place)
@@ -118,36 +131,26 @@ def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job],
                     raise DarkroomError(f"{place}: no pictures in this folder; name another, or a picture")
             added = "" if output is not None or place.is_dir() else ADDED
             jobs += [Job(photo, folder / f"{photo.stem}{added}.png") for photo in found]
-    for job in jobs:
-        if job.output.absolute() == job.photo.absolute():
-            raise DarkroomError(f"{job.output}: that is the photo itself; choose another output")
-    check_origins([(job.output, job.photo) for job in jobs])
+    check_origins([(job.output, job.photo) for job in jobs], [job.photo for job in jobs], "the photo")
     return jobs, many
 
 
-def _target(job: Job, photo: Photograph, overwrite: bool) -> Path:
-    """Where the result goes, in a type of file that can hold it."""
-    from darkroom.data.image_files import check_suffix, default_suffix
-
-    channels, dtype = photo.values.shape[2] + (photo.alpha is not None), str(photo.values.dtype)
-    path = job.output if job.named else job.output.with_suffix(default_suffix(channels, dtype))
-    check_suffix(path, channels, dtype)
-    if path != job.output and path.exists() and not overwrite:
+def _target(job: Job, photo: Photograph, read: Sequence[Path], overwrite: bool) -> Path:
+    """Where the result goes, in a type of file that can hold it. read: the photos of all jobs."""
+    path = fitted_output(job.output, job.named, photo)
+    check_origins([(path, job.photo)], read, "the photo")
+    if path.exists() and not overwrite:
         refuse_there(path)
     return path
 
 
-def _make(
-    upscaler: Upscaler, job: Job, photo: Photograph, settings: UpscaleSettings, source: str, overwrite: bool
-) -> Path:
+def _make(upscaler: Upscaler, job: Job, photo: Photograph, path: Path, settings: UpscaleSettings, source: str) -> Path:
     """One photo; gives where it was written."""
     from darkroom.cli.progress import PhaseBars
-    from darkroom.data.photographs import photograph_bytes
+    from darkroom.data.photographs import save_photograph
+    from darkroom.model_pictures import resized_alpha
     from darkroom.png_settings import png_text
-    from darkroom.safe_files import write_file
-    from darkroom.upscaling.upscaler import enlarged_alpha
 
-    path = _target(job, photo, overwrite)
     note_frames(job.photo, photo)
     try:
         with PhaseBars(unit="windows") as bars:
@@ -157,9 +160,8 @@ def _make(
     record = result.settings
     if source:
         record["model"]["source"] = source
-    alpha = None if photo.alpha is None else enlarged_alpha(photo.alpha, upscaler.factor)
-    large = replace(photo, values=result.image, alpha=alpha)
-    write_file(path, photograph_bytes(large, path.suffix.lower(), png_text(record)))
+    alpha = None if photo.alpha is None else resized_alpha(photo.alpha, result.image.shape[:2])
+    save_photograph(path, replace(photo, values=result.image, alpha=alpha), png_text(record))
     note_profile(job.photo, photo, [path])
     if result.difference is not None and result.difference >= 0.5:
         click.echo(

@@ -290,10 +290,13 @@ def check_suffix(path: Path, channels: int, dtype: str) -> None:
         _library("OpenEXR", "writing EXR")
 
 
-def image_bytes(values: np.ndarray, suffix: str, text: Mapping[str, str] | None = None) -> bytes:
+def image_bytes(
+    values: np.ndarray, suffix: str, text: Mapping[str, str] | None = None, alpha: bool | None = None
+) -> bytes:
     """File content for (H, W), (H, W, C) of uint8, uint16 or float32.
 
     text: notes by keyword; text chunks of PNG, a JSON description in TIFF and EXR, nowhere in NPY (see `save_image`).
+    alpha: whether the last channel is opacity, where the type of file can say so; None: if there are four of integers.
     """
     values = np.ascontiguousarray(values[..., None] if values.ndim == 2 else values)
     if values.ndim != 3 or str(values.dtype) not in ("uint8", "uint16", "float32"):
@@ -303,7 +306,7 @@ def image_bytes(values: np.ndarray, suffix: str, text: Mapping[str, str] | None 
         np.save(buffer, values[..., 0] if values.shape[2] == 1 else values, allow_pickle=False)
         return buffer.getvalue()
     if suffix in (".tif", ".tiff"):
-        return _tiff_bytes(values, text)
+        return _tiff_bytes(values, text, alpha)
     if suffix == ".exr":
         return _exr_bytes(values, text)
     if suffix != ".png" or values.shape[2] > 4 or values.dtype == np.float32:
@@ -314,10 +317,14 @@ def image_bytes(values: np.ndarray, suffix: str, text: Mapping[str, str] | None 
 def save_image(path: str | Path, values: np.ndarray, text: Mapping[str, str] | None = None) -> None:
     """Write an image atomically in the type that the name says. The text of an NPY goes into a JSON file beside it."""
     path = Path(path)
-    suffix = path.suffix.lower()
     check_suffix(path, 1 if values.ndim == 2 else values.shape[2], str(values.dtype))
-    write_file(path, image_bytes(values, suffix, text))
-    if suffix == ".npy" and text:
+    write_image_file(path, image_bytes(values, path.suffix.lower(), text), text)
+
+
+def write_image_file(path: Path, content: bytes, text: Mapping[str, str] | None) -> None:
+    """Write an image's file, and beside an NPY, which holds no text, a JSON file with it."""
+    write_file(path, content)
+    if path.suffix.lower() == ".npy" and text:
         write_file(path.with_suffix(".json"), json.dumps(dict(text), indent=1).encode())
 
 
@@ -375,16 +382,19 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None) -> bytes:
+def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool | None) -> bytes:
     tifffile = _library("tifffile", "writing TIFF")
     buffer = io.BytesIO()
-    colour = values.shape[2] in (3, 4) and values.dtype != np.float32
+    channels, whole = values.shape[2], values.dtype != np.float32
+    alpha = whole and channels == 4 if alpha is None else alpha
+    rgb = channels - alpha == 3 and (whole or alpha)
+    more = channels - alpha - (3 if rgb else 1)
     tifffile.imwrite(
         buffer,
-        values[..., 0] if values.shape[2] == 1 else values,
-        photometric="rgb" if colour else "minisblack",
-        planarconfig=None if values.shape[2] == 1 else "contig",
-        extrasamples=["unassalpha"] if colour and values.shape[2] == 4 else None,
+        values[..., 0] if channels == 1 else values,
+        photometric="rgb" if rgb else "minisblack",
+        planarconfig=None if channels == 1 else "contig",
+        extrasamples=["unspecified"] * more + ["unassalpha"] if alpha else None,
         compression="zlib",
         description=json.dumps(dict(text)) if text else None,
         metadata=None,

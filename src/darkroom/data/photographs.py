@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from darkroom.data.image_files import image_bytes, png_chunk, read_samples
+from darkroom.data.image_files import image_bytes, png_chunk, read_samples, write_image_file
 from darkroom.data.io import explaining
 
 _SPACES = {1: b"GRAY", 3: b"RGB "}  # what a profile's header calls them, by the number of colour channels
@@ -64,9 +64,14 @@ def _facts(data: bytes) -> tuple[bytes | None, int]:
 def photograph_bytes(photo: Photograph, suffix: str, text: Mapping[str, str] | None = None) -> bytes:
     """File content with the opacity as last channel. The profile is kept in PNG."""
     values = photo.values if photo.alpha is None else np.concatenate([photo.values, photo.alpha], 2)
-    data = image_bytes(values, suffix, text)
+    data = image_bytes(values, suffix, text, photo.alpha is not None)
     if suffix != ".png" or photo.profile is None:
         return data
     after = 8 + 25  # signature and header: the profile stands before the pixels
     chunk = png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(photo.profile))
     return data[:after] + chunk + data[after:]
+
+
+def save_photograph(path: Path, photo: Photograph, text: Mapping[str, str] | None = None) -> None:
+    """Write a photo atomically in the type that the name says, with notes by keyword."""
+    write_image_file(path, photograph_bytes(photo, path.suffix.lower(), text), text)

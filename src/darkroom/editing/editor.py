@@ -24,7 +24,7 @@ from darkroom.editing.holes import cut, windows_of
 from darkroom.editing.seams import without_seam
 from darkroom.errors import DarkroomError
 from darkroom.generation_defaults import DEFAULT_MODELS
-from darkroom.generation_request import Request, Result
+from darkroom.generation_request import Request, Result, check_seeds
 from darkroom.inpaint import Start
 from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.model_pictures import checked_picture, from_network, open_whole_model, settings_from, to_network
@@ -127,8 +127,7 @@ class Editor:
         from half of the greatest value of its type upwards. progress(steps done, of all)."""
         settings = settings or EditSettings()
         values, pixels = checked_picture(image, self.model)
-        if not settings.seeds:
-            raise DarkroomError("no seed was given: give one for each image")
+        check_seeds(settings.seeds)
         facts = {"image": _digest(values), "input_size": [values.shape[1], values.shape[0]]}
         if mask is None and not any(settings.expand):
             if self.knows_masks:
@@ -343,10 +342,14 @@ def edit(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Edited:
-    """A picture (H, W) or (H, W, C) with what the mask (H, W) marks repainted; see `EditSettings` for the rest: seeds=,
-    expand= for outpainting, strength= and prompt= for image-to-image, ...
+    """A picture (H, W) or (H, W, C) with what the mask (H, W) marks repainted; see `EditSettings` for the rest: seeds=
+    (one, or several), expand= for outpainting (of all sides, or left, top, right, bottom), strength= and prompt= for
+    image-to-image, ...
 
     What is not marked comes back bit for bit.
     """
     opened = open_whole_model(model, device, "can repaint")
+    for name, count in (("seeds", 1), ("expand", 4)):
+        if isinstance(value := settings.get(name), int):
+            settings[name] = (value,) * count
     return Editor(opened)(image, mask, settings_from(EditSettings, settings, "edit"), progress)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from darkroom.conditioning.maps import LowResolutionConfig
 from darkroom.conditioning.requests import encoders_of
-from darkroom.data.resizing import bicubic
 from darkroom.diffusion.noise import SeededNoise
 from darkroom.errors import DarkroomError
 from darkroom.first_stage.tiling import Tiling, available_memory
@@ -97,10 +96,15 @@ class Upscaler:
         self.factor = config.factor
 
     @cached_property
-    def pipeline(self) -> str | None:
-        """How the pictures that it was trained with were made smaller, where it says so."""
+    def damage(self) -> str | None:
+        """What was done to its training pictures besides making them smaller by bicubic, where it says so."""
         recorded = (self.model.info.get("data") or {}).get("low_resolution")
-        return str(recorded.get("pipeline")) if isinstance(recorded, dict) else None
+        if not isinstance(recorded, dict):
+            return None
+        pipeline, blur = recorded.get("pipeline", "bicubic"), recorded.get("blur", 0)
+        if pipeline != "bicubic":
+            return str(pipeline)
+        return None if blur in (0, None) else f"blur {blur}"
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
@@ -125,10 +129,11 @@ class Upscaler:
         f, multiple = self.model.downsampling, self.model.size_multiple
         pixels = settings.window or WINDOW_SIZES * max(self.model.defaults["size"])
         side = max(pixels // (f * multiple), 1) * multiple
-        overlap = side // 4 if settings.overlap is None else -(-settings.overlap // f)
-        if not 0 <= 2 * overlap <= side:
+        most = side // 2 if side > multiple else 0  # windows begin at multiples: a single one cannot be shared
+        overlap = min(side // 4, most) if settings.overlap is None else -(-settings.overlap // f)
+        if not 0 <= overlap <= most:
             raise DarkroomError(
-                f"windows of {side * f} pixels overlap by 0 to {side * f // 2}, not by {settings.overlap}; change "
+                f"windows of {side * f} pixels overlap by 0 to {most * f}, not by {settings.overlap}; change "
                 "--overlap or --window"
             )
         return side, overlap
@@ -183,9 +188,9 @@ class Upscaler:
     def _check_consistency(self) -> None:
         if self.factor == 1:
             raise DarkroomError("this model sharpens pictures of the same size: there is nothing to be consistent with")
-        if self.pipeline not in (None, "None", "bicubic"):
+        if self.damage is not None:
             raise DarkroomError(
-                f"this model was trained to undo damage ({self.pipeline}), which consistency would keep; leave it out, "
+                f"this model was trained to undo damage ({self.damage}), which consistency would keep; leave it out, "
                 "or take a model for bicubic pictures"
             )
 
@@ -277,11 +282,3 @@ def upscale(
     """
     opened = open_whole_model(model, device, "was trained with low_resolution")
     return Upscaler(opened)(image, settings_from(UpscaleSettings, settings, "upscale"), progress)
-
-
-def enlarged_alpha(alpha: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W, 1) of an integer type or float32 -> (H*factor, W*factor, 1): opacity is made larger by bicubic."""
-    values = torch.from_numpy(alpha[..., 0].astype(np.float32))[None]
-    low, high = values.min(), values.max()
-    large = bicubic(values, (alpha.shape[0] * factor, alpha.shape[1] * factor)).clamp(low, high)[0].numpy()
-    return (np.rint(large) if alpha.dtype.kind in "iu" else large).astype(alpha.dtype)[..., None]
