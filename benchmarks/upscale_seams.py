@@ -13,6 +13,7 @@ With --check the exit status is 1 above 4 GB or a seam energy of 1.05.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import subprocess
@@ -75,6 +76,8 @@ def seam_energy(image: np.ndarray, borders: list[int], grid: int) -> tuple[float
         if around:
             across.append(energy[border - 1])
             near.append(np.mean([energy[place - 1] for place in around]))
+    if not across:
+        return math.nan, math.nan
     return float(np.mean(across)), float(np.mean(near))
 
 

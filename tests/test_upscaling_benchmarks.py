@@ -101,3 +101,25 @@ def test_the_baseline_and_the_table(tmp_path: Path) -> None:
     assert found["ours, consistent"]["scores"]["consistency"] < 0.5 < found["ours"]["scores"]["consistency"]
     assert found["bicubic"]["parameters"] == 0 < found["L1 regression"]["parameters"]
     assert (tmp_path / "table" / "pictures.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_measurement_of_seams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command in a process of its own; what has no border, or no model, is no pass."""
+    import upscale_seams
+
+    made = make_model("low_resolution", low_resolution={"noise_levels": 0})
+    made.info |= {"name": "tiny-sr"}
+    model = str(made.save(tmp_path / "model"))
+    command = ["upscale_seams.py", "--model", model, "--size", "40x24", "--steps", "1", "--consistency", "--check"]
+    monkeypatch.setattr(sys, "argv", [*command, "--window", "64", "--overlap", "16"])
+    monkeypatch.setattr(upscale_seams, "LARGEST_SEAM", 100.0)  # of random weights
+    assert upscale_seams.main() == 0
+    told = capsys.readouterr().out
+    assert "40x24 -> 160x96, tiny-sr" in told and "peak memory" in told and "nan" not in told
+    monkeypatch.setattr(sys, "argv", [*command, "--window", "1024"])
+    assert upscale_seams.main() == 1
+    monkeypatch.setattr(sys, "argv", ["upscale_seams.py", "--model", "no-such-model", "--check"])
+    assert upscale_seams.main() == 1 and "left out" in capsys.readouterr().out
