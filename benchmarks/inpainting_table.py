@@ -1,7 +1,8 @@
 """Inpainting against OpenCV's methods and the mean colour: perceptual distance and FD, on 40-50 % masks and on all.
 
     python benchmarks/inpainting_table.py --data clothing-128/clothing-128-val.tar --size 128 128 \\
-        [--model clothing-inpaint] [--model KL=runs/kl/model] [--count 480] [--steps 20] [-o runs/inpainting-table]
+        [--model clothing-inpaint] [--model KL=runs/kl/model] [--count 480] [--steps 20] [--speed]
+        [-o runs/inpainting-table]
 
 Masks are those of LaMa in equal parts (thin, medium, thick, boxes), of 40 to 50 % of the picture, and of 2 to 50 %, as
 in the paper's table 7; image k has the same mask for every method, and for models seed k. Every method fills the same
@@ -9,6 +10,9 @@ hole: pixels outside of the mask are those of the picture, for all of them. Scor
 same pictures before they were masked: the mean perceptual distance, FD and KD of the features, PSNR and SSIM. Each row
 leaves a record with its protocol; together they become table.md and, with --pictures, pictures.png. What was
 interrupted goes on.
+
+--speed adds what table 6 of the paper compares (pixels against latents, at equal parameters): training and sampling of
+the models in samples per second of processor time, four at once, measured here in turns; --speed-only that alone.
 
 Baselines: Telea 2004 and Navier-Stokes (Bertalmio et al. 2001) as OpenCV has them, radius 3; the mean colour of what is
 known; and the smooth continuation that Darkroom itself begins with (push-pull).
@@ -26,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from restoration import speeds
 
 import darkroom
 from darkroom.conditioning.filling import filled
@@ -55,6 +60,7 @@ from darkroom.latent_diffusion import LatentDiffusion
 
 MASKS = {"40-50 %": RandomMask((0.4, 0.5)), "all": RandomMask((0.02, 0.5))}
 PART = 8  # images between two savings
+TIMED = 4  # images, of --speed
 Fill = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """(H, W, 3) uint8, (H, W) bool, the image's number -> (H, W, 3) uint8, of which what is under the mask counts."""
 
@@ -153,6 +159,7 @@ class FilledPictures:
         return Pictures(images, values, masks)
 
 
+@torch.inference_mode()
 def score(
     dataset: ImageDataset, rule: RandomMask, count: int, method: Method, folder: Path, device: torch.device
 ) -> Record:
@@ -240,6 +247,7 @@ def without_time(record: Record) -> Record:
     return replace(record, scores=[s for s in record.scores if s.metric != "seconds"])
 
 
+@torch.inference_mode()
 def pictures(dataset: ImageDataset, count: int, methods: Sequence[Method], total: int, device: torch.device) -> Any:
     """A grid: masked picture, what each method makes of it, and the picture; image k with seed k."""
     distance, _ = default_extractors(device)
@@ -254,6 +262,28 @@ def pictures(dataset: ImageDataset, count: int, methods: Sequence[Method], total
     return image_grid(rows, columns=len(methods) + 2)
 
 
+def named(word: str) -> tuple[str, str]:
+    """ "KL=runs/kl" -> ("KL", "runs/kl"); a place alone is its own name."""
+    name, found, place = word.partition("=")
+    return name, place if found else word
+
+
+def speed_table(models: Mapping[str, str], given: argparse.Namespace) -> str:
+    """Markdown: training and sampling of every model in samples per second of processor time."""
+    opened = {name: darkroom.load(place, device=given.device) for name, place in models.items()}
+    config = DataConfig(
+        source=given.data, size=tuple(given.size), validation=0.0, repaint_mask=MASKS["40-50 %"], background="white"
+    )
+    dataset = open_dataset(config, "train")
+    found = speeds(opened, [dataset[n] for n in range(TIMED)], given.steps)
+    lines = ["| model | parameters | training samples/s | sampling samples/s | steps |", "|---" * 5 + "|"]
+    for name, (training, sampling) in found.items():
+        size = sum(p.numel() for p in opened[name].denoiser.parameters()) / 1e6
+        steps = given.steps or opened[name].defaults["steps"]
+        lines.append(f"| {name} | {size:.2f} M | {training:.3g} | {sampling:.3g} | {steps} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="held-out pictures: tars or folders")
@@ -265,16 +295,25 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
     parser.add_argument("--pictures", type=int, default=0, help="rows of a picture to look at")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/inpainting-table"))
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--speed-only", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device(given.device)
+    models = dict(map(named, given.model or ["clothing-inpaint"]))
+    given.output.mkdir(parents=True, exist_ok=True)
+    if given.speed or given.speed_only:
+        text = speed_table(models, given)
+        (given.output / "speed.md").write_text(text)
+        print(text)
+    if given.speed_only:
+        return
     methods = baselines()
-    for word in given.model or ["clothing-inpaint"]:
-        name, found, place = word.partition("=")
-        methods.append(of_model(name, place if found else word, given.steps, given.solver, given.device))
+    for name, place in models.items():
+        methods.append(of_model(name, place, given.steps, given.solver, given.device))
     records: dict[str, list[Record]] = {}
     for masks in given.masks:
         config = DataConfig(
@@ -294,5 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from darkroom.data.batches import collate
 from darkroom.data.derived import DerivedDataset
 from darkroom.data.latent_cache import module_hash
 from darkroom.data.resizing import bicubic
@@ -158,30 +159,27 @@ def speeds(
 
 
 def sampling_task(model: LatentDiffusion, examples: Sequence[Example], steps: int | None) -> Callable[[], None]:
-    small = [EIGHT_BITS.to_network(e["low_resolution"]) for e in examples]
+    batch = collate(examples, EIGHT_BITS)
+    given: dict[str, Any] = {field: list(batch[field]) for field in model.conditioner.fields}
     height, width = examples[0]["image"].shape[1:]
 
     def task() -> None:
         model.generate(
-            low_resolution=small, seed=list(range(len(small))), size=(width, height), steps=steps, batch_size=len(small)
+            seed=list(range(len(examples))), size=(width, height), steps=steps, batch_size=len(examples), **given
         )
 
     return task
 
 
 def training_task(model: LatentDiffusion, examples: Sequence[Example]) -> Callable[[], None]:
-    """One step of a copy of the denoiser on cached latents (of a model on pixels: on the images)."""
+    """One step of a copy of the denoiser, latents from a cache (of a model on pixels: from the images); what is encoded
+    for a condition is encoded in every step, as in training."""
     model = copy.deepcopy(model)
-    image = EIGHT_BITS.to_network(torch.stack([e["image"] for e in examples]))
-    batch = {"low_resolution": EIGHT_BITS.to_network(torch.stack([e["low_resolution"] for e in examples]))}
+    batch = collate(examples, EIGHT_BITS)
     stage = model.first_stage
-    if stage is None or isinstance(stage.autoencoder, IdentityAutoencoder):
-        batch["image"] = image
-    else:
+    if stage is not None and not isinstance(stage.autoencoder, IdentityAutoencoder):
         with torch.no_grad():
-            posterior = stage.autoencoder.encode(image)
-        moments = [posterior.mean] + ([] if posterior.logvar is None else [posterior.logvar])
-        batch["moments"] = torch.cat(moments, 1)
+            batch["moments"] = stage.autoencoder.encode(batch["image"]).moments
     model.denoiser.train().requires_grad_(True)
     phase = DenoiserStep(model.denoiser, model.conditioner, stage, ObjectiveConfig()).phases[0]
     optimizer = make_optimizer(phase.parameters, OptimizerConfig())

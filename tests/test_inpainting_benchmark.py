@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from condition_models import make_model
 from PIL import Image
 
@@ -59,8 +58,7 @@ def test_a_table(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     arguments = ["--data", str(pictures), "--size", "32", "32", "--count", "4", "--steps", "1", "--pictures", "1"]
     output = tmp_path / "table"
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--model", f"tried={model}", "-o", str(output)])
-    with torch.inference_mode():
-        inpainting_table.main()
+    inpainting_table.main()
     text = (output / "table.md").read_text()
     assert text.count("\n| 40-50 % |") == text.count("\n| all |") == 5 and "| tried |" in text
     assert text in capsys.readouterr().out
@@ -71,10 +69,13 @@ def test_a_table(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tried = next(r for r in records if r.sampling.model == "tried")
         assert tried.sampling.steps == 1 and tried.sampling.nfe == 1 and tried.sampling.conditions_digest
         assert tried.sampling.made["repaint_mask"]["share"] == ([0.4, 0.5] if masks == "40-50" else [0.02, 0.5])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--speed-only"])
+    inpainting_table.main()
+    assert "| tried |" in (output / "speed.md").read_text() and "training samples/s" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
     # What is there already is not made again.
     monkeypatch.setattr(inpainting_table.FilledPictures, "read", None)
-    with torch.inference_mode():
-        inpainting_table.main()
+    inpainting_table.main()
     assert (output / "table.md").read_text() == text
 
 
