@@ -10,6 +10,7 @@
 #
 # Variables: PYTHON=/path/to/python3.11   TORCH_INDEX=URL (where another torch build is)
 #            PROMPT="man scientist"         (make demo: your own prompt)
+#            WORKERS=2                      (make test: processes, each of one thread and up to 3 GB)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -22,6 +23,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX ?=
 PYTHON ?=
 PROMPT ?=
+WORKERS ?= 2
 DEMO := demo-output
 
 .PHONY: help install demo test test-slow lint format bench recipes clean
@@ -88,7 +90,7 @@ demo: $(STAMP)
 	@echo "Next:      $(BIN)/darkroom generate -m $(DEMO)/shapes/model \"a red circle\" -o red-circle.png"
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from gaussian_mixture import GaussianMixture, make_mixture
 
 LAST = "test_goldens_are_used.py"  # looks back at what the other tests have read
@@ -16,8 +18,24 @@ def gaussian_mixture() -> GaussianMixture:
     return make_mixture()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def reads_goldens(path: Path) -> bool:
+    return "parity_data" in path.read_text()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of several processes (`-n`) each takes one thread."""
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name == LAST)
+    if config.pluginmanager.hasplugin("xdist"):
+        # A file's fixtures are made once; the process that reads goldens is the one that is asked which it has read.
+        groups = {path: "goldens" if reads_goldens(path) else str(path) for path in {item.path for item in items}}
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(groups[item.path]))
 
 
 @pytest.fixture
@@ -26,6 +44,4 @@ def whole_suite(request: pytest.FixtureRequest) -> bool:
     config = request.config
     files = {item.path for item in request.session.items}
     chosen = config.option.keyword or config.option.lf or any("::" in argument for argument in config.args)
-    return not chosen and files >= {
-        p for p in Path(__file__).parent.rglob("test_*.py") if "parity_data" in p.read_text()
-    }
+    return not chosen and files >= {p for p in Path(__file__).parent.rglob("test_*.py") if reads_goldens(p)}
