@@ -286,8 +286,8 @@ def speed_table(models: Mapping[str, str], given: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="held-out pictures: tars or folders")
-    parser.add_argument("--size", nargs=2, type=int, required=True, metavar=("W", "H"))
+    parser.add_argument("--data", nargs="+", default=[], help="held-out pictures: tars or folders")
+    parser.add_argument("--size", nargs=2, type=int, default=(128, 128), metavar=("W", "H"))
     parser.add_argument("--model", action="append", default=[], metavar="[NAME=]MODEL")
     parser.add_argument("--count", type=int, help="images [default: all]")
     parser.add_argument("--steps", type=int)
@@ -300,6 +300,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
+    if not given.data:
+        print("left out: give held-out pictures with --data")
+        return
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device(given.device)
