@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from darkroom.data.image_files import image_bytes
-from darkroom.data.photographs import Photograph, photograph_bytes, read_photograph
+from darkroom.data.image_files import image_bytes, read_text
+from darkroom.data.photographs import Photograph, photograph_bytes, read_photograph, save_photograph
 from darkroom.errors import DarkroomError
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -80,3 +80,17 @@ def test_other_types_are_kept_or_refused(tmp_path: Path) -> None:
         read_photograph(tmp_path / "absent.png")
     tiff = photograph_bytes(Photograph(numbers((4, 4, 3)), profile=RGB_PROFILE), ".tif")
     assert tiff[:2] in (b"II", b"MM")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opacity_in_tiff(channels: int, dtype: str, tmp_path: Path) -> None:
+    """The last channel is said to be opacity, behind grey too, and read as that."""
+    rng = np.random.default_rng(0)
+    values = (rng.random((7, 9, channels + 1)) * (1 if dtype == "float32" else np.iinfo(dtype).max)).astype(dtype)
+    photo = Photograph(values[..., :-1], values[..., -1:])
+    save_photograph(tmp_path / "a.tif", photo, {"Title": "t"})
+    back = read_photograph(tmp_path / "a.tif")
+    assert back.alpha is not None and np.array_equal(back.alpha, photo.alpha)
+    assert np.array_equal(back.values, photo.values) and back.values.dtype == dtype
+    assert read_text(tmp_path / "a.tif") == {"Title": "t"}

@@ -386,15 +386,14 @@ def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool 
     tifffile = _library("tifffile", "writing TIFF")
     buffer = io.BytesIO()
     channels, whole = values.shape[2], values.dtype != np.float32
-    alpha = whole and channels == 4 if alpha is None else alpha
-    rgb = channels - alpha == 3 and (whole or alpha)
-    more = channels - alpha - (3 if rgb else 1)
+    opacity = channels in (2, 4) and (whole and channels == 4 if alpha is None else alpha)
+    rgb = channels - opacity == 3 and (whole or opacity)
     tifffile.imwrite(
         buffer,
         values[..., 0] if channels == 1 else values,
         photometric="rgb" if rgb else "minisblack",
         planarconfig=None if channels == 1 else "contig",
-        extrasamples=["unspecified"] * more + ["unassalpha"] if alpha else None,
+        extrasamples=["unassalpha"] if opacity else None,
         compression="zlib",
         description=json.dumps(dict(text)) if text else None,
         metadata=None,
