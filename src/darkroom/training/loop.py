@@ -28,6 +28,7 @@ from darkroom.errors import DarkroomError
 from darkroom.training import checkpoint as ckpt
 from darkroom.training.distributed import World, any_rank, mean_over_ranks, wrap
 from darkroom.training.ema import EMA
+from darkroom.training.freed_memory import keep_freed_memory
 from darkroom.training.optim import OptimizerConfig, learning_rate, make_optimizer
 from darkroom.training.progress import Progress
 
@@ -175,6 +176,8 @@ class Trainer:
         self.world = world or World()
         self.hooks = hooks or Hooks()
         self.quiet = quiet or not self.world.is_main
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.modules = {name: m.to(self.device) for name, m in step.modules.items()}
         self.optimizers = {p.name: make_optimizer(p.parameters, self._optimizer_config(p)) for p in step.phases}
         self.wrapped = {p.name: wrap(p.module, self.world) for p in step.phases}
