@@ -6,6 +6,7 @@ formula knows a machine.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -41,6 +42,8 @@ from darkroom.training.loop import Batch, LoopConfig, Trainer
 from darkroom.training.progress import duration, memory_gib
 from darkroom.training.recipe import Recipe, find_recipe, read_recipe
 
+VALIDATION_IMAGES = 256
+LOOKS_SHARE = 0.05  # of the denoiser's time that validation takes at most, and as much for samples
 FIRST_STAGE_SHARE = 0.35  # of a time budget; reconstructions are good long before samples are
 LARGE_MINUTES = 180  # from here on a CPU can train 128x128
 SIDES = (32, 64, 128)
@@ -326,7 +329,21 @@ def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[st
     if alone or stated["denoiser"]:
         return recipe
     assert second is not None and second.seconds_per_step is not None
-    return _with_steps(recipe, max(1, int(left / second.seconds_per_step)), "", fixed)
+    affordable = left / second.seconds_per_step
+    validation, samples = looks = _steps_of_looks(recipe)
+    rare = {"validate_every": math.ceil(validation / LOOKS_SHARE), "sample_every": math.ceil(samples / LOOKS_SHARE)}
+    recipe = _with_steps(recipe, max(1, int(affordable)), "", fixed, rare)
+    # They come out of the same time, those at the end included.
+    share = validation / recipe.validate_every + samples / recipe.sample_every
+    return replace(recipe, steps=max(1, int(affordable / 2), int((affordable - sum(looks)) / (1 + share))))
+
+
+def _steps_of_looks(recipe: Recipe) -> tuple[float, float]:
+    """What one validation and one grid of samples cost, in training steps: a forward pass is a third of a step."""
+    images = 3.0 * recipe.batch_size * recipe.accumulation
+    evaluate = recipe.evaluate
+    passes = evaluate.samples * evaluate.steps * (1 if evaluate.guidance_scale == 1 else 2)
+    return VALIDATION_IMAGES / images, passes / images
 
 
 def with_times(plan: Plan, measured: Plan) -> Plan:
@@ -341,8 +358,12 @@ def with_times(plan: Plan, measured: Plan) -> Plan:
     return replace(plan, first_stage=first, denoiser=second)
 
 
-def _with_steps(config: Any, steps: int, prefix: str, fixed: Collection[str]) -> Any:
-    """New number of steps; intervals, warm-up and averaging keep their proportion to the run unless they are fixed."""
+def _with_steps(
+    config: Any, steps: int, prefix: str, fixed: Collection[str], rare: Mapping[str, int] | None = None
+) -> Any:
+    """New number of steps; intervals, warm-up and averaging keep their proportion to the run unless they are fixed.
+    rare: intervals that are not made shorter than this."""
+    least = {"validate_every": 1, "sample_every": 1, **(rare or {})}
     ema = config.optimizer.ema_decay
     optimizer = {
         "warmup_steps": min(config.optimizer.warmup_steps, steps // 10),
@@ -350,8 +371,8 @@ def _with_steps(config: Any, steps: int, prefix: str, fixed: Collection[str]) ->
     }
     loop = {
         "checkpoint_every": max(1, min(config.checkpoint_every, steps // 4)),
-        "validate_every": max(1, min(config.validate_every, steps // 10)),
-        "sample_every": max(1, min(config.sample_every, steps // 6)),
+        "validate_every": max(least["validate_every"], min(config.validate_every, steps // 10)),
+        "sample_every": max(least["sample_every"], min(config.sample_every, steps // 6)),
     }
     optimizer = {k: v for k, v in optimizer.items() if f"{prefix}optimizer.{k}" not in fixed}
     loop = {k: v for k, v in loop.items() if f"{prefix}{k}" not in fixed}

@@ -37,7 +37,7 @@ from darkroom.latent_diffusion import LatentDiffusion, to_uint8
 from darkroom.model_folder import find_source, is_model_folder
 from darkroom.model_io import load, load_first_stage, save, select_device
 from darkroom.perceptual_job import train_perceptual
-from darkroom.plan import Plan, Planner, describe_plan, fit_minutes, with_times
+from darkroom.plan import VALIDATION_IMAGES, Plan, Planner, describe_plan, fit_minutes, with_times
 from darkroom.preview_job import preview_stage, with_derived_sizes
 from darkroom.recipe_source import new_recipe, resumed_recipe
 from darkroom.report import model_card, write_report
@@ -49,12 +49,11 @@ from darkroom.training.loop import Hooks, LoopConfig, LoopResult, Trainer
 from darkroom.training.progress import duration
 from darkroom.training.recipe import Recipe
 
-VALIDATION_IMAGES = 256
 MEASURED_IMAGES = 4096  # whose latents give shift and scale
 # Of the summary, for the model card: name and protocol.
 SCORES = {
     "first_stage_psnr": ("PSNR in dB", "mean over held-out images, posterior mode, averaged weights, [-1, 1] clamped"),
-    "denoiser_validation_loss": ("denoising loss", "held-out images, 8 fixed times and fixed noise, averaged weights"),
+    "denoiser_validation_loss": ("denoising loss", "held-out images at 8 fixed times, fixed noise, averaged weights"),
 }
 SMALL_SET = 2000  # images below which a model of this kind repeats its training pictures
 

@@ -19,6 +19,7 @@ from darkroom.objective import ObjectiveConfig, denoising_loss
 from darkroom.training.loop import Phase, all_parameters, fixed_times, step_generator
 
 Batch = dict[str, Any]
+VALIDATION_DRAWS = 256  # of time and noise, at least, for one number
 
 
 def draw(shape: torch.Size | tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -96,19 +97,32 @@ class DenoiserStep:
 
     @torch.no_grad()
     def validation_loss(self, batches: list[Batch], seed: int, times: int = 8) -> dict[str, float]:
-        """Mean loss on fixed images, times (strata of the schedule) and noise; lower is comparable between steps."""
+        """Mean loss on fixed images, times (strata of the schedule) and noise; lower is comparable between steps.
+
+        Image k has time k mod `times`, and each time as many images as the others; fewer than `VALIDATION_DRAWS` images
+        have several times each.
+        """
         low, high = self.denoiser.schedule.time_range
         grid = fixed_times(low, high, times)
         device = next(self.denoiser.parameters()).device
         per_time: list[list[float]] = [[] for _ in range(times)]
+        if not batches:
+            return {}
+        images = sum(len(batch["moments" if "moments" in batch else "image"]) for batch in batches)
+        rounds = min(times, -(-VALIDATION_DRAWS // images))
+        first = 0
         for i, batch in enumerate(batches):
             generator = step_generator(seed, "validation", i)
             x0 = batch_latent(batch, self.first_stage, generator, device)
             conditioning = self.conditioner(batch).to(device)
-            for j in range(times):
+            for turn in range(rounds):
+                places = (torch.arange(first, first + len(x0)) + turn * times // rounds) % times
                 noise = draw(x0.shape, generator, x0)
-                level = self.denoiser.schedule.level(grid[j].expand(x0.shape[0]))
+                level = self.denoiser.schedule.level(grid[places])
                 loss = denoising_loss(self.denoiser, x0, noise, level, conditioning, self.objective)
-                per_time[j] += loss.float().tolist()
+                for place, value in zip(places.tolist(), loss.float().tolist(), strict=True):
+                    per_time[place].append(value)
+            first += len(x0)
+        per_time = [values for values in per_time if values]
         means = [sum(v) / len(v) for v in per_time]
-        return {"validation_loss": sum(means) / times}
+        return {"validation_loss": sum(means) / len(means)}
