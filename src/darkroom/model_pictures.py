@@ -40,6 +40,10 @@ def settings_from(kind: type[SettingsT], given: dict[str, Any], function: str) -
 def checked_picture(image: np.ndarray, model: LatentDiffusion) -> tuple[np.ndarray, PixelFormat]:
     """(H, W) or (H, W, C) -> (H, W, C), and what its numbers mean. Raises DarkroomError for what is no picture of this
     model: it has the model's channels or is grey, and its type, or 8 or 16 bits in place of the other."""
+    if not isinstance(image, np.ndarray):
+        raise DarkroomError(
+            f"the picture is a {type(image).__name__}; give an array, such as numpy.asarray(PIL.Image.open(path))"
+        )
     values = image[..., None] if image.ndim == 2 else image
     if values.ndim != 3 or 0 in values.shape:
         raise DarkroomError(f"an array of shape {image.shape} is not a picture; give (H, W) or (H, W, C)")

@@ -67,7 +67,9 @@ def test_a_photo_and_its_mask(run: Run, model: str) -> None:
     first = Path(out.strip()).read_bytes()
     run("edit", "pictures/photo.jpg", "-m", model, "--mask", "mask.png", "--seed", 5, "--overwrite")
     assert Path(out.strip()).read_bytes() == first
-    assert "made by darkroom edit: repeat that command" in run("info", out.strip())[1]
+    told = run("info", out.strip())[1]
+    assert "made by darkroom edit: repeat that command" in told
+    assert f"mask: {record['edit']['mask']}" in told and f"image: {record['edit']['image']}" in told
 
 
 def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> None:

@@ -53,7 +53,8 @@ def test_a_photo_beside_which_the_result_is_written(run: Run, model: str) -> Non
     first = Path(out.strip()).read_bytes()
     run("upscale", "pictures/photo.jpg", "-m", model, "--seed", 5, "--steps", 2, "--overwrite")
     assert Path(out.strip()).read_bytes() == first
-    assert "made by darkroom upscale: repeat that command" in run("info", out.strip())[1]
+    told = run("info", out.strip())[1]
+    assert "made by darkroom upscale: repeat that command" in told and "input size: [14, 9]" in told
 
 
 def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> None:
@@ -207,6 +208,18 @@ def test_a_folder_of_photos(run: Run, model: str) -> None:
     assert status == 0 and out.split() == ["other/0.png", "other/2.png"] and opened("other/2.png").size == (40, 32)
     Image.fromarray(numbers((8, 8, 3))).save("in/0.bmp")
     assert "would both become" in run("upscale", "in", "-m", model, "--overwrite")[2]
+
+
+def test_masks_are_no_photos_and_a_file_is_no_folder(run: Run, refused: Refused, model: str) -> None:
+    Path("in").mkdir()
+    for name in ("a.png", "a_mask.png", "b.png", "b.mask.png", "her_mask.png"):
+        Image.fromarray(numbers((8, 8, 3))).save(f"in/{name}")
+    status, out, error = run("upscale", "in", "-m", model)
+    assert status == 0 and [Path(line).name for line in out.split()] == ["a.png", "b.png", "her_mask.png"]
+    assert "2 masks of other pictures are left out" in error
+    for photos in (("in",), ("in/a.png", "in/b.png")):
+        assert "two.png is a file; for several" in refused("upscale", *photos, "-m", model, "-o", "two.png")
+    assert not Path("two.png").exists()
 
 
 def test_consistency_from_the_command_line(run: Run, model: str) -> None:

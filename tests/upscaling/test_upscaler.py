@@ -158,6 +158,7 @@ def test_noise_on_the_condition_and_text() -> None:
     [
         (np.zeros((4, 4, 5), np.uint8), {}, "has 5 channels, the model works on 3"),
         (np.zeros((4, 0, 3), np.uint8), {}, "is not a picture"),
+        ("photo.png", {}, r"the picture is a str; give an array, such as numpy.asarray\(PIL"),
         (np.zeros((4, 4, 3), np.float32), {}, "float32 numbers, the model was trained with 8 bits"),
         (np.zeros((4, 4, 3), np.uint8), {"steps": 0}, "steps is 0"),
         (np.zeros((4, 4, 3), np.uint8), {"window": 32, "overlap": 30}, "windows of 32 pixels overlap by 0 to 16"),

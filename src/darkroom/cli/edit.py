@@ -12,6 +12,7 @@ import click
 from darkroom.cli.models import open_model, shareable
 from darkroom.cli.outputs import check_writable
 from darkroom.cli.photos import (
+    MASK_ENDINGS,
     check_origins,
     do_each,
     fitted_output,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = DEFAULT_MODELS["edit"]
 ADDED = "-edited"  # to a name without --output
-MASKS = ("_mask", ".mask")  # at the end of the name of a mask in a folder: a_mask.png, or a.mask.png as in training
 MAX_EXPAND = 16_384
 
 
@@ -77,14 +77,15 @@ def parse_expand(text: str | None) -> tuple[int, int, int, int]:
 def edit(
     photo: Path, mask: Path | None, model: str | None, output: Path | None, overwrite: bool, **options: Any
 ) -> None:
-    """Repaint what --mask marks in PHOTO, or what --expand adds to it; without both make variations of it.
+    """Repaint what --mask marks in PHOTO, or what --expand adds to it. Without both a model of text or classes (-m)
+    makes variations of it.
 
     Every pixel that is not repainted comes back as it was, in 8 or 16 bits. Photos may have any size, opacity and a
     colour profile. Of a FOLDER every picture with a mask beside it (a.jpg, a_mask.png) is repainted.
 
     \b
       darkroom edit photo.png --mask mask.png
-      darkroom edit photo.png --expand 0,32,0,32 --seed 0..3 -o wide.png
+      darkroom edit photo.png --expand 0,32,0,32 --seed 0..3 -o taller.png
       darkroom edit pictures/ -o without/
       darkroom edit -m emoji face.png "a sad face" --strength 0.7
     """
@@ -150,7 +151,7 @@ def choose_jobs(photo: Path, mask: Path | None, output: Path | None, seeds: Sequ
     else:
         if mask is not None:
             raise DarkroomError(
-                f"{photo} is a folder, whose masks lie in it: a.jpg and a{MASKS[0]}.png; leave out --mask"
+                f"{photo} is a folder, whose masks lie in it: a.jpg and a{MASK_ENDINGS[0]}.png; leave out --mask"
             )
         folder = output or folder_beside(photo, ADDED)
         if folder.exists() and not folder.is_dir():
@@ -165,15 +166,15 @@ def pairs(folder: Path) -> list[tuple[Path, Path]]:
     """The pictures of a folder that have a mask beside them, with it; says which have none."""
     found = pictures_in(folder)
     masks: dict[str, Path] = {}
-    for path in [p for p in found if p.stem.endswith(MASKS)]:
-        name = path.stem[: -len(MASKS[0])]
+    for path in [p for p in found if p.stem.endswith(MASK_ENDINGS)]:
+        name = path.stem[: -len(MASK_ENDINGS[0])]
         if (other := masks.setdefault(name, path)) != path:
             raise DarkroomError(f"{other} and {path} are masks of one picture; take one of them away")
-    pictures = [p for p in found if not p.stem.endswith(MASKS)]
+    pictures = [p for p in found if not p.stem.endswith(MASK_ENDINGS)]
     together = [(p, masks[p.stem]) for p in pictures if p.stem in masks]
     if not together:
         raise DarkroomError(
-            f"{folder}: no picture has a mask beside it; a.jpg needs a{MASKS[0]}.png, white where to repaint"
+            f"{folder}: no picture has a mask beside it; a.jpg needs a{MASK_ENDINGS[0]}.png, white where to repaint"
         )
     if alone := [p.name for p in pictures if p.stem not in masks]:
         click.echo(f"note: {len(alone)} of {len(pictures)} pictures have no mask, the first is {alone[0]}", err=True)

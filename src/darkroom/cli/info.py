@@ -173,7 +173,9 @@ def _record_lines(record: dict[str, Any], path: str) -> list[str]:
     """What an image was made from beside its prompt, and how to make it again."""
     for command in ("upscale", "edit"):
         if command in record:
-            return [f"  made by darkroom {command}: repeat that command on the picture it was made of"]
+            facts = {key: value for key, value in record[command].items() if value not in (None, False)}
+            lines = [f"  {key.replace('_', ' ')}: {_short(value)}" for key, value in facts.items()]
+            return [*lines, f"  made by darkroom {command}: repeat that command on the picture it was made of"]
     from darkroom.cli.conditions import flag_of
     from darkroom.model_folder import bundled
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from darkroom.data.photographs import Photograph
 
 JobT = TypeVar("JobT")
+# Of the name of a mask in a folder: a_mask.png, or a.mask.png as in training.
+MASK_ENDINGS = ("_mask", ".mask")
 DEFAULT_SUFFIXES = (".png", ".tif", ".npy")  # of `default_suffix`
 
 
@@ -22,6 +24,15 @@ def pictures_in(folder: Path) -> list[Path]:
     from darkroom.data.records import IMAGE_SUFFIXES
 
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def without_masks(found: Sequence[Path]) -> list[Path]:
+    """The pictures but for those that are named as masks of others among them, which is told."""
+    stems = {path.stem for path in found}
+    left = [p for p in found if not (p.stem.endswith(MASK_ENDINGS) and p.stem[: -len(MASK_ENDINGS[0])] in stems)]
+    if len(left) < len(found):
+        click.echo(f"note: {len(found) - len(left)} masks of other pictures are left out", err=True)
+    return left
 
 
 def refuse_there(path: Path) -> NoReturn:

@@ -21,6 +21,7 @@ from darkroom.cli.photos import (
     note_profile,
     pictures_in,
     refuse_there,
+    without_masks,
 )
 from darkroom.errors import DarkroomError
 from darkroom.generation_defaults import DEFAULT_MODELS
@@ -114,9 +115,11 @@ class Job:
 
 def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job], bool]:
     """What becomes what, and whether there may be many: a folder was named, or more than one photo."""
+    from darkroom.data.image_files import OUTPUT_SUFFIXES
+
     many = len(photos) > 1 or photos[0].is_dir()
     into = output is not None and (many or output.is_dir() or not output.suffix)
-    if into and output is not None and output.exists() and not output.is_dir():
+    if into and output is not None and not output.is_dir() and (output.exists() or output.suffix in OUTPUT_SUFFIXES):
         raise DarkroomError(f"{output} is a file; for several pictures name a folder")
     if output is not None and not into:
         jobs = [Job(photos[0], output, named=True)]
@@ -126,7 +129,7 @@ def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job],
             folder = output or (folder_beside(place, ADDED) if place.is_dir() else place.parent)
             found = [place]
             if place.is_dir():
-                found = pictures_in(place)
+                found = without_masks(pictures_in(place))
                 if not found:
                     raise DarkroomError(f"{place}: no pictures in this folder; name another, or a picture")
             added = "" if output is not None or place.is_dir() else ADDED
