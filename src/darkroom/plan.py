@@ -340,7 +340,7 @@ def fit_minutes(recipe: Recipe, plan: Plan, minutes: float, fixed: Collection[st
 
 def _steps_of_looks(recipe: Recipe) -> tuple[float, float]:
     """What one validation and one grid of samples cost, in training steps: a forward pass is a third of a step."""
-    images = 3.0 * recipe.batch_size * recipe.accumulation
+    images = 3.0 * recipe.batch_size * recipe.accumulation * recipe.objective.draws
     evaluate = recipe.evaluate
     passes = evaluate.samples * evaluate.steps * (1 if evaluate.guidance_scale == 1 else 2)
     return VALIDATION_IMAGES / images, passes / images

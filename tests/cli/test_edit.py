@@ -317,7 +317,8 @@ def test_a_folder_of_floating_point(run: Run, refused: Refused, tmp_path: Path) 
     assert run(*single[:-1], "out/a.npy")[0] == 0
     assert "Steps: 1" in json.loads(Path("out/a.json").read_text())["parameters"]
     Path("file").write_text("")
-    assert "for several pictures name a folder" in refused("edit", "in", "-m", model, "-o", "file")
+    for name in ("file", "res.png"):
+        assert "for several pictures name a folder" in refused("edit", "in", "-m", model, "-o", name)
 
 
 def test_models_that_cannot(refused: Refused, models: Path) -> None:

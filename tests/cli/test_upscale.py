@@ -173,7 +173,18 @@ def test_floating_point_goes_where_it_can_be_held(run: Run, refused: Refused, tm
     assert "in/a.tif: that is the photo itself" in error and Path("in/a.tif").read_bytes() == before
     assert run("upscale", "in/a.tif", "-m", model)[1].split() == ["in/a-upscaled.tif"]
     assert "in/a-upscaled.tif is there already" in refused("upscale", "in/a.tif", "-m", model)
+    Path("b.json").write_text("mine")
+    assert "b.json is there already" in refused("upscale", "in/a.tif", "-m", model, "-o", "b.npy")
+    assert Path("b.json").read_text() == "mine"
+    Path("b.json").unlink()
     assert run("upscale", "in/a.tif", "-m", model, "-o", "b.npy")[0] == 0 and Path("b.json").is_file()
+
+
+def test_a_folder_into_itself(run: Run, model: str) -> None:
+    """What is read is not taken for a result that is there."""
+    Path("in").mkdir()
+    Path("in/a.tif").write_bytes(image_bytes(numbers((8, 8, 3)), ".tif"))
+    assert run("upscale", "in", "-m", model, "-o", "in")[1].split() == ["in/a.png"]
 
 
 def test_grey_with_opacity_in_a_tiff(run: Run, model: str) -> None:
@@ -218,8 +229,8 @@ def test_masks_are_no_photos_and_a_file_is_no_folder(run: Run, refused: Refused,
     assert status == 0 and [Path(line).name for line in out.split()] == ["a.png", "b.png", "her_mask.png"]
     assert "2 masks of other pictures are left out" in error
     for photos in (("in",), ("in/a.png", "in/b.png")):
-        assert "two.png is a file; for several" in refused("upscale", *photos, "-m", model, "-o", "two.png")
-    assert not Path("two.png").exists()
+        assert "two.PNG is a file; for several" in refused("upscale", *photos, "-m", model, "-o", "two.PNG")
+    assert not Path("two.PNG").exists()
 
 
 def test_consistency_from_the_command_line(run: Run, model: str) -> None:

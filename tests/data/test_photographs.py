@@ -94,3 +94,13 @@ def test_opacity_in_tiff(channels: int, dtype: str, tmp_path: Path) -> None:
     assert back.alpha is not None and np.array_equal(back.alpha, photo.alpha)
     assert np.array_equal(back.values, photo.values) and back.values.dtype == dtype
     assert read_text(tmp_path / "a.tif") == {"Title": "t"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opacity_in_exr(channels: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((7, 9, channels + 1)).astype(np.float32)
+    photo = Photograph(values[..., :-1], values[..., -1:])
+    save_photograph(tmp_path / "a.exr", photo)
+    back = read_photograph(tmp_path / "a.exr")
+    assert back.alpha is not None and np.array_equal(back.alpha, photo.alpha)
+    assert np.array_equal(back.values, photo.values)

@@ -57,6 +57,7 @@ def test_windows_that_do_not_fit_are_refused() -> None:
     for side, overlap, multiple in ((10, 2, 4), (0, 0, 1), (8, 5, 1), (4, 1, 4)):
         with pytest.raises(DarkroomError, match="windows of"):
             make_windows(16, 16, side, overlap, multiple)
+    assert len(make_windows(8, 8, 8, 4, 8)) == 1  # no neighbour to share anything with
 
 
 def test_windows_see_their_part_of_maps_and_all_of_the_rest() -> None:

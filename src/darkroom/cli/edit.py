@@ -13,8 +13,10 @@ from darkroom.cli.models import open_model, shareable
 from darkroom.cli.outputs import check_writable
 from darkroom.cli.photos import (
     MASK_ENDINGS,
+    check_folder,
     check_origins,
     do_each,
+    files_of,
     fitted_output,
     folder_beside,
     is_done,
@@ -99,8 +101,9 @@ def edit(
     settings = EditSettings(**given)
     jobs = choose_jobs(photo, mask, output, settings.seeds)
     many = photo.is_dir()
+    read = _read_files(jobs)
     if many and not overwrite:
-        todo = [replace(job, outputs={s: p for s, p in job.outputs.items() if not is_done(p)}) for job in jobs]
+        todo = [replace(job, outputs={s: p for s, p in job.outputs.items() if not is_done(p, read)}) for job in jobs]
         jobs = [job for job in todo if job.outputs]
         if len(jobs) < len(todo):
             note_done(len(todo) - len(jobs), len(todo))
@@ -154,8 +157,7 @@ def choose_jobs(photo: Path, mask: Path | None, output: Path | None, seeds: Sequ
                 f"{photo} is a folder, whose masks lie in it: a.jpg and a{MASK_ENDINGS[0]}.png; leave out --mask"
             )
         folder = output or folder_beside(photo, ADDED)
-        if folder.exists() and not folder.is_dir():
-            raise DarkroomError(f"{folder} is a file; for several pictures name a folder")
+        check_folder(folder)
         jobs = [Job(p, m, _outputs(folder / f"{p.stem}.png", seeds)) for p, m in pairs(photo)]
     outputs = [(path, job.photo) for job in jobs for path in job.outputs.values()]
     check_origins(outputs, _read_files(jobs), "the photo or the mask")
@@ -198,8 +200,9 @@ def _read(job: Job, settings: EditSettings, overwrite: bool) -> Ready:
 
     photo = read_photograph(job.photo)
     outputs = {seed: fitted_output(path, job.named, photo) for seed, path in job.outputs.items()}
-    check_origins([(path, job.photo) for path in outputs.values()], _read_files([job]), "the photo or the mask")
-    if there := [path for path in outputs.values() if path.exists() and not overwrite]:
+    files = [file for path in outputs.values() for file in files_of(path)]
+    check_origins([(file, job.photo) for file in files], _read_files([job]), "the photo or the mask")
+    if there := [file for file in files if file.exists() and not overwrite]:
         refuse_there(there[0])
     mask = None if job.mask is None else read_mask(job.mask)
     if mask is not None:

@@ -74,9 +74,24 @@ def check_origins(outputs: Sequence[tuple[Path, Path]], inputs: Sequence[Path], 
             raise DarkroomError(f"{other} and {photo} would both become {output}; put them into two folders")
 
 
-def is_done(output: Path) -> bool:
-    """Whether a file of a folder's results is there, whatever type it needed."""
-    return any(output.with_suffix(suffix).exists() for suffix in DEFAULT_SUFFIXES)
+def is_done(output: Path, inputs: Sequence[Path]) -> bool:
+    """Whether a file of a folder's results is there, whatever type it needed; what is read is no result."""
+    read = {path.resolve() for path in inputs}
+    found = (output.with_suffix(suffix) for suffix in DEFAULT_SUFFIXES)
+    return any(path.exists() and path.resolve() not in read for path in found)
+
+
+def files_of(output: Path) -> list[Path]:
+    """What is written for a result: beside an .npy, which holds no text, a .json with its settings."""
+    return [output, output.with_suffix(".json")] if output.suffix.lower() == ".npy" else [output]
+
+
+def check_folder(output: Path) -> None:
+    """Refuses what cannot be, or is not meant to be, a folder of several results."""
+    from darkroom.data.image_files import OUTPUT_SUFFIXES
+
+    if not output.is_dir() and (output.exists() or output.suffix.lower() in OUTPUT_SUFFIXES):
+        raise DarkroomError(f"{output} is a file; for several pictures name a folder")
 
 
 def fitted_output(output: Path, named: bool, photo: Photograph) -> Path:

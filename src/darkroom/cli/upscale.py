@@ -11,8 +11,10 @@ import click
 
 from darkroom.cli.models import open_model, shareable
 from darkroom.cli.photos import (
+    check_folder,
     check_origins,
     do_each,
+    files_of,
     fitted_output,
     folder_beside,
     is_done,
@@ -68,7 +70,8 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
       darkroom upscale -m runs/deblur holiday/ -o sharp/
     """
     jobs, many = choose_jobs(photos, output)
-    todo = [job for job in jobs if overwrite or not many or not is_done(job.output)]
+    read = [job.photo for job in jobs]
+    todo = [job for job in jobs if overwrite or not many or not is_done(job.output, read)]
     if len(todo) < len(jobs):
         note_done(len(jobs) - len(todo), len(jobs))
     if not todo:
@@ -79,7 +82,6 @@ def upscale(photos: tuple[Path, ...], model: str | None, output: Path | None, ov
 
     for job in todo:
         check_writable(job.output.parent)
-    read = [job.photo for job in jobs]
     first = None
     if not many:  # what is wrong with it is said before a model is loaded
         if todo[0].named and todo[0].output.exists() and not overwrite:
@@ -115,12 +117,10 @@ class Job:
 
 def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job], bool]:
     """What becomes what, and whether there may be many: a folder was named, or more than one photo."""
-    from darkroom.data.image_files import OUTPUT_SUFFIXES
-
     many = len(photos) > 1 or photos[0].is_dir()
     into = output is not None and (many or output.is_dir() or not output.suffix)
-    if into and output is not None and not output.is_dir() and (output.exists() or output.suffix in OUTPUT_SUFFIXES):
-        raise DarkroomError(f"{output} is a file; for several pictures name a folder")
+    if into and output is not None:
+        check_folder(output)
     if output is not None and not into:
         jobs = [Job(photos[0], output, named=True)]
     else:
@@ -141,9 +141,9 @@ def choose_jobs(photos: Sequence[Path], output: Path | None) -> tuple[list[Job],
 def _target(job: Job, photo: Photograph, read: Sequence[Path], overwrite: bool) -> Path:
     """Where the result goes, in a type of file that can hold it. read: the photos of all jobs."""
     path = fitted_output(job.output, job.named, photo)
-    check_origins([(path, job.photo)], read, "the photo")
-    if path.exists() and not overwrite:
-        refuse_there(path)
+    check_origins([(file, job.photo) for file in files_of(path)], read, "the photo")
+    if there := [file for file in files_of(path) if file.exists() and not overwrite]:
+        refuse_there(there[0])
     return path
 
 

@@ -245,6 +245,8 @@ def _read_exr(data: bytes) -> Samples:
         with openexr.File(str(path), separate_channels=True) as file:
             planes = {name: np.array(channel.pixels) for name, channel in file.channels().items()}
     order = [name for name in "RGBA" if name in planes] + sorted(set(planes) - set("RGBA"))
+    if set(order) == set("YA"):  # grey with opacity
+        order = ["Y", "A"]
     if len({plane.shape for plane in planes.values()}) != 1:
         raise ValueError("its EXR channels have different sizes; write them at full size")
     return Samples(np.stack([planes[name] for name in order], 2), order[-1] == "A", "EXR")
@@ -308,7 +310,7 @@ def image_bytes(
     if suffix in (".tif", ".tiff"):
         return _tiff_bytes(values, text, alpha)
     if suffix == ".exr":
-        return _exr_bytes(values, text)
+        return _exr_bytes(values, text, alpha)
     if suffix != ".png" or values.shape[2] > 4 or values.dtype == np.float32:
         raise ValueError(f"{suffix} cannot hold {values.dtype} {values.shape}")
     return _png16_bytes(values, text) if values.dtype == np.uint16 else _png8_bytes(values, text)
@@ -402,11 +404,13 @@ def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool 
     return buffer.getvalue()
 
 
-def _exr_bytes(values: np.ndarray, text: Mapping[str, str] | None) -> bytes:
+def _exr_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool | None) -> bytes:
     openexr = _library("OpenEXR", "writing EXR")
     count = values.shape[2]
     width = len(str(count - 1))  # so that names sort like the bands
     names = {1: ["Y"], 3: ["R", "G", "B"], 4: ["R", "G", "B", "A"]}.get(count)
+    if alpha and count == 2:
+        names = ["Y", "A"]
     names = names or [f"band{i:0{width}d}" for i in range(count)]
     header: dict[str, Any] = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
     if text:

@@ -11,7 +11,7 @@ import os
 
 SWITCH = "DARKROOM_KEEP_MEMORY"  # environment: 0 leaves the C library as it is
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of <malloc.h>
-_GREATEST = 2**31 - 1
+_NEVER = -1
 _TOP = 64 * 2**20
 
 
@@ -27,5 +27,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _GREATEST), (_TOP_PAD, _TOP))
+    wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _TOP))
     return all(mallopt(name, value) == 1 for name, value in wanted)

@@ -48,7 +48,7 @@ def make_windows(height: int, width: int, side: int, overlap: int, multiple: int
     if not 0 <= 2 * overlap <= side:
         raise DarkroomError(f"windows of {side} latent places overlap by 0 to {side // 2}, not by {overlap}")
     shared = -(-overlap // multiple)
-    if side // multiple == shared:  # they would not advance
+    if side // multiple == shared and max(height, width) > side:  # they would not advance
         raise DarkroomError(f"windows of {side} latent places begin at multiples of {multiple} and cannot overlap")
     rows, columns = (
         [(start * multiple, stop * multiple) for start, stop in tile_ranges(n // multiple, side // multiple, shared)]
