@@ -10,7 +10,7 @@
 #
 # Variables: PYTHON=/path/to/python3.11   TORCH_INDEX=URL (where another torch build is)
 #            PROMPT="man scientist"         (make demo: your own prompt)
-#            WORKERS=2                      (make test: processes, each of one thread and up to 3 GB)
+#            WORKERS=2                      (make test: processes, each of one thread)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

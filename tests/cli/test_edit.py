@@ -311,6 +311,11 @@ def test_a_folder_of_floating_point(run: Run, refused: Refused, tmp_path: Path) 
     before = Path("in/a.tif").read_bytes()
     _, _, error = run("edit", "in", "-m", model, "-o", "in", "--overwrite")
     assert "in/a.tif: that is the photo or the mask itself" in error and Path("in/a.tif").read_bytes() == before
+    Path("in/a-seed1.tif").write_bytes(before)  # a photo of its own, named as the second image of another
+    write_mask("in/a-seed1_mask.png", 32, 32)
+    _, _, error = run("edit", "in", "-m", model, "-o", "in", "--seed", 0, 1, "--overwrite")
+    assert "in/a-seed1.tif: that is the photo or the mask itself" in error
+    assert Path("in/a-seed1.tif").read_bytes() == before
     Path("out/a.tif").write_bytes(b"mine")
     single = ("edit", "in/a.tif", "-m", model, "--mask", "in/a_mask.png", "-o", "out/")
     assert "out/a.tif is there already" in refused(*single)

@@ -113,13 +113,15 @@ def edit(
         return
     for job in jobs:
         check_writable(next(iter(job.outputs.values())).parent)
-    first = None if many else _read(jobs[0], settings, overwrite)  # what is wrong is said before a model is loaded
+    first = (
+        None if many else _read(jobs[0], settings, read, overwrite)
+    )  # what is wrong is said before a model is loaded
     needed = "it cannot repaint: give a whole model"
     editor = Editor(open_model(model, "edit", options["device"], options["threads"], needed))
     source = shareable(model or DEFAULT_MODEL)
 
     def make(job: Job) -> list[Path]:
-        return _make(editor, job, first or _read(job, settings, overwrite), settings, source)
+        return _make(editor, job, first or _read(job, settings, read, overwrite), settings, source)
 
     do_each(jobs, make, many, "edited")
 
@@ -193,15 +195,16 @@ def _read_files(jobs: Sequence[Job]) -> list[Path]:
     return [path for job in jobs for path in (job.photo, job.mask) if path is not None]
 
 
-def _read(job: Job, settings: EditSettings, overwrite: bool) -> Ready:
-    """The photo, what is to be repainted, and the files of the results; complains about what cannot be done."""
+def _read(job: Job, settings: EditSettings, read: Sequence[Path], overwrite: bool) -> Ready:
+    """The photo, what is to be repainted, and the files of the results; complains about what cannot be done. read: what
+    all jobs read."""
     from darkroom.data.photographs import read_photograph
     from darkroom.editing.editor import as_hole, check_hole, expanded
 
     photo = read_photograph(job.photo)
     outputs = {seed: fitted_output(path, job.named, photo) for seed, path in job.outputs.items()}
     files = [file for path in outputs.values() for file in files_of(path)]
-    check_origins([(file, job.photo) for file in files], _read_files([job]), "the photo or the mask")
+    check_origins([(file, job.photo) for file in files], read, "the photo or the mask")
     if there := [file for file in files if file.exists() and not overwrite]:
         refuse_there(there[0])
     mask = None if job.mask is None else read_mask(job.mask)

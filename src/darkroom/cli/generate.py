@@ -13,7 +13,7 @@ import click
 from darkroom.cli.adapters import adapter_options, digests_of, given_adapters, note_places, recorded_adapters
 from darkroom.cli.conditions import condition_options, given_files, idle_guidance
 from darkroom.cli.models import open_model, shareable
-from darkroom.cli.outputs import DEFAULT_FOLDER, Target, preview_file, show_in, write_grid, write_image
+from darkroom.cli.outputs import DEFAULT_FOLDER, Target, preview_file, show_in, write_grid, write_result
 from darkroom.cli.seeds import MAX_SEEDS, SeedsCommand, parse_seeds
 from darkroom.errors import DarkroomError
 from darkroom.generation_defaults import DEFAULT_MODELS
@@ -335,7 +335,7 @@ def _make(
                 elif only is None or only == i:
                     alone = only is not None or count == 1
                     written.append(
-                        write_image(target.image(start + (0 if alone else i), alone, settings), image, settings)
+                        write_result(target.image(start + (0 if alone else i), alone, settings), image, settings)
                     )
     if target.grid:
         seeds = len(set(request.seeds))

@@ -107,7 +107,7 @@ def show_in(file: Path, pixels: PixelFormat) -> Callable[[int, np.ndarray], None
     return lambda done, images: write_png(file, image_grid(images, pixels=pixels))
 
 
-def write_image(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
+def write_result(path: Path, image: np.ndarray, settings: dict[str, Any]) -> Path:
     from darkroom.data.image_files import save_image
     from darkroom.png_settings import png_text
 
