@@ -1,5 +1,6 @@
-"""Super-resolution against its baselines, each number with its protocol record: bicubic, the L1 regression network of
-equal size (regression_baseline.py), and models, also made consistent with the small picture.
+"""Super-resolution and deblurring against their baselines, each number with its protocol record: bicubic (where sizes
+are equal the blurred picture as it is), the L1 regression network of equal size (regression_baseline.py), and models,
+also made consistent with the small picture.
 
     python benchmarks/upscaling_table.py --data HELD-OUT [--model [NAME=]MODEL ...] [--regression FOLDER]
                                          [--output runs/upscaling-table] [--size 128x128] [--count N] [--steps N]
@@ -79,7 +80,8 @@ def main() -> int:
 def run(options: argparse.Namespace) -> str:
     models = named_models(options.model)
     table = Table(options, common_rule(models))
-    table.restored("bicubic", bicubic_by(table.rule.factor))
+    # of equal size, bicubic leaves the blurred picture as it is
+    table.restored("bicubic" if table.rule.factor > 1 else "as it is", bicubic_by(table.rule.factor))
     if options.regression is not None:
         regression, facts = load_regression(options.regression)
         table.restored("L1 regression", regression.requires_grad_(False), regression, facts["minutes"])
@@ -223,7 +225,8 @@ class Table:
         record = self.rows[0].record
         shown = f"{len(self.numbers)} held-out pictures of {' + '.join(record.reference.source)}"
         size = "x".join(map(str, self.dataset.size))
-        rule = f"made {self.rule.factor} times smaller by {self.rule.pipeline}"
+        factor = self.rule.factor
+        rule = f"made {factor} times smaller by {self.rule.pipeline}" if factor > 1 else "of equal size"
         rule += f", blur {self.rule.blur}" if self.rule.blur else ""
         return f"{shown}, {size}, {rule}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

@@ -53,6 +53,8 @@ def test_a_photo_beside_which_the_result_is_written(run: Run, model: str) -> Non
     first = Path(out.strip()).read_bytes()
     run("upscale", "pictures/photo.jpg", "-m", model, "--seed", 5, "--steps", 2, "--overwrite")
     assert Path(out.strip()).read_bytes() == first
+    status, _, error = run("upscale", "pictures/photo.jpg", "-m", model, "--steps", 1, "-o", "a.npy")
+    assert status == 0 and "only .png and .tif keep the colour profile of pictures/photo.jpg" in error
     told = run("info", out.strip())[1]
     assert "made by darkroom upscale: repeat that command" in told and "input size: [14, 9]" in told
 

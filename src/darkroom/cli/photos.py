@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 JobT = TypeVar("JobT")
 # Of the name of a mask in a folder: a_mask.png, or a.mask.png as in training.
 MASK_ENDINGS = ("_mask", ".mask")
+PROFILED = (".png", ".tif", ".tiff")  # hold the ICC profile of their colours
 DEFAULT_SUFFIXES = (".png", ".tif", ".npy")  # of `default_suffix`
 
 
@@ -50,8 +51,8 @@ def note_frames(path: Path, photo: Photograph) -> None:
 
 def note_profile(path: Path, photo: Photograph, outputs: Sequence[Path]) -> None:
     """outputs: where what was made of the photo at `path` was written."""
-    if photo.profile is not None and any(output.suffix.lower() != ".png" for output in outputs):
-        click.echo(f"note: only .png keeps the colour profile of {path}", err=True)
+    if photo.profile is not None and any(output.suffix.lower() not in PROFILED for output in outputs):
+        click.echo(f"note: only .png and .tif keep the colour profile of {path}", err=True)
 
 
 def folder_beside(place: Path, added: str) -> Path:

@@ -34,7 +34,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY, _EXR, _PNG = b"\x93NUMPY", b"v/1\x01", b"\x89PNG\r\n\x1a\n"
 # Pillow modes that hold what the file holds, as long as its samples have 8 bits where the mode has 8.
 _EXACT = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1}
-_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 274, 258, 277
+_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _ICC_PROFILE = 274, 258, 277, 34675
 _PNG_COLOUR = {2: "RGB", 4: "LA", 6: "RGBA"}  # by the colour type in the header, byte 25
 
 
@@ -213,6 +213,13 @@ def _read_tiff(data: bytes, channels: int | None) -> Samples:
     return Samples(upright(as_image(array, channels), turn), alpha, "TIFF", turn != 1)
 
 
+def tiff_facts(data: bytes) -> tuple[bytes | None, int]:
+    """ICC profile and number of pages of a TIFF, also of the kinds that Pillow does not read, such as 16-bit colour."""
+    with _library("tifffile", "this kind of TIFF").TiffFile(io.BytesIO(data)) as file:
+        found = file.pages[0].tags.get(_ICC_PROFILE)
+        return (None if found is None else bytes(found.value)), len(file.pages)
+
+
 def _tiff_by_pillow(data: bytes, channels: int | None) -> Samples | None:
     """What Pillow reads without loss, and its many compressions with it; else None."""
     if not data.startswith(_TIFF[:2]):  # beyond 4 GB, which it reads in part
@@ -293,12 +300,17 @@ def check_suffix(path: Path, channels: int, dtype: str) -> None:
 
 
 def image_bytes(
-    values: np.ndarray, suffix: str, text: Mapping[str, str] | None = None, alpha: bool | None = None
+    values: np.ndarray,
+    suffix: str,
+    text: Mapping[str, str] | None = None,
+    alpha: bool | None = None,
+    profile: bytes | None = None,
 ) -> bytes:
     """File content for (H, W), (H, W, C) of uint8, uint16 or float32.
 
     text: notes by keyword; text chunks of PNG, a JSON description in TIFF and EXR, nowhere in NPY (see `save_image`).
     alpha: whether the last channel is opacity, where the type of file can say so; None: if there are four of integers.
+    profile: the ICC profile of the colours, which PNG and TIFF hold.
     """
     values = np.ascontiguousarray(values[..., None] if values.ndim == 2 else values)
     if values.ndim != 3 or str(values.dtype) not in ("uint8", "uint16", "float32"):
@@ -308,12 +320,16 @@ def image_bytes(
         np.save(buffer, values[..., 0] if values.shape[2] == 1 else values, allow_pickle=False)
         return buffer.getvalue()
     if suffix in (".tif", ".tiff"):
-        return _tiff_bytes(values, text, alpha)
+        return _tiff_bytes(values, text, alpha, profile)
     if suffix == ".exr":
         return _exr_bytes(values, text, alpha)
     if suffix != ".png" or values.shape[2] > 4 or values.dtype == np.float32:
         raise ValueError(f"{suffix} cannot hold {values.dtype} {values.shape}")
-    return _png16_bytes(values, text) if values.dtype == np.uint16 else _png8_bytes(values, text)
+    png = _png16_bytes(values, text) if values.dtype == np.uint16 else _png8_bytes(values, text)
+    if profile is None:
+        return png
+    after = len(_PNG) + 25  # signature and header: the profile stands before the pixels
+    return png[:after] + png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)) + png[after:]
 
 
 def save_image(path: str | Path, values: np.ndarray, text: Mapping[str, str] | None = None) -> None:
@@ -384,7 +400,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool | None) -> bytes:
+def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool | None, profile: bytes | None) -> bytes:
     tifffile = _library("tifffile", "writing TIFF")
     buffer = io.BytesIO()
     channels, whole = values.shape[2], values.dtype != np.float32
@@ -400,6 +416,7 @@ def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool 
         description=json.dumps(dict(text)) if text else None,
         metadata=None,
         software="Darkroom",
+        iccprofile=profile,
     )
     return buffer.getvalue()
 

@@ -7,7 +7,6 @@ keeps its own kind. Shapes: H W image size, C colour channels.
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from darkroom.data.image_files import image_bytes, png_chunk, read_samples, write_image_file
+from darkroom.data.image_files import image_bytes, read_samples, tiff_facts, write_image_file
 from darkroom.data.io import explaining
 
 _SPACES = {1: b"GRAY", 3: b"RGB "}  # what a profile's header calls them, by the number of colour channels
@@ -52,24 +51,19 @@ def read_photograph(path: str | Path) -> Photograph:
 
 
 def _facts(data: bytes) -> tuple[bytes | None, int]:
-    """ICC profile and number of frames of what Pillow knows."""
+    """ICC profile and number of frames of what Pillow knows, and of TIFF."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             profile = picture.info.get("icc_profile")
             return (profile if isinstance(profile, bytes) else None), int(getattr(picture, "n_frames", 1))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None, 1
+        return tiff_facts(data) if data[:2] in (b"II", b"MM") else (None, 1)
 
 
 def photograph_bytes(photo: Photograph, suffix: str, text: Mapping[str, str] | None = None) -> bytes:
-    """File content with the opacity as last channel. The profile is kept in PNG."""
+    """File content with the opacity as last channel. The profile is kept in PNG and TIFF."""
     values = photo.values if photo.alpha is None else np.concatenate([photo.values, photo.alpha], 2)
-    data = image_bytes(values, suffix, text, photo.alpha is not None)
-    if suffix != ".png" or photo.profile is None:
-        return data
-    after = 8 + 25  # signature and header: the profile stands before the pixels
-    chunk = png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(photo.profile))
-    return data[:after] + chunk + data[after:]
+    return image_bytes(values, suffix, text, photo.alpha is not None, photo.profile)
 
 
 def save_photograph(path: Path, photo: Photograph, text: Mapping[str, str] | None = None) -> None:
