@@ -57,3 +57,12 @@ def test_other_systems_say_no(error: type[Exception], monkeypatch: pytest.Monkey
     monkeypatch.setattr(ctypes, "CDLL", absent)
     monkeypatch.delenv("DARKROOM_KEEP_MEMORY", raising=False)
     assert not freed_memory.keep_freed_memory()
+
+
+def test_the_benchmark_times_training_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from freed_memory import ROWS, measure
+
+    recipe, channels, _ = ROWS["clothing-inpaint, 8 x 32x32"]
+    found = measure(recipe, channels, 8, steps=1, threads=1)
+    assert 0 < found["seconds"] < 600 and 0 <= found["kernel"] and 0 < found["peak"] < 64
