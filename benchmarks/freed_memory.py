@@ -3,9 +3,9 @@
     python benchmarks/freed_memory.py [--rounds 3] [--steps 3] [--threads 1] [--check]
 
 Two rows: the U-Net of the recipe inpaint-f1 on 8 random pictures of 128x128 (no first stage), and that of
-clothing-inpaint on latents of 32x32, in bfloat16 where the processor has it. Each measurement is a process of its own, with and without in turns; seconds are
-the median of the steps, peak memory is all of the process. With --check the exit status is 1 if the first row gains
-nothing.
+clothing-inpaint on latents of 32x32, in bfloat16 where the processor has it. Each measurement is a process of its own,
+with and without in turns; seconds are the median of the steps, peak memory is all of the process. With --check the exit
+status is 1 if the first row gains nothing.
 """
 
 from __future__ import annotations

@@ -65,4 +65,4 @@ def test_the_benchmark_times_training_steps(monkeypatch: pytest.MonkeyPatch) -> 
 
     recipe, channels, _ = ROWS["clothing-inpaint, 8 x 32x32"]
     found = measure(recipe, channels, 8, steps=1, threads=1)
-    assert 0 < found["seconds"] < 600 and 0 <= found["kernel"] and 0 < found["peak"] < 64
+    assert 0 < found["seconds"] < 600 and found["kernel"] >= 0 and 0 < found["peak"] < 64
