@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from picture_files import encoded, pixels, write
 from PIL import Image
 
@@ -80,8 +81,16 @@ def test_contact_sheet_shows_what_the_network_sees() -> None:
     enlarged = data[1]["image"].permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
     assert np.array_equal(sheet[:128, 134:262], enlarged)
     assert (sheet[128:150, :128] < 100).any()  # the caption below the first picture
-    boxed = contact_sheet([data[i] for i in range(3)])
-    assert (np.asarray(boxed) == (255, 0, 255)).all(-1).any()
+
+
+def test_boxes_are_outlined_to_the_pixel_of_the_enlarged_picture() -> None:
+    """Edges at 3/8 of a small picture's pixel, which is shown as four."""
+    boxes = torch.tensor([[0.0, 5.375 / 32, 8.5 / 32, 20.25 / 32, 1.0]])
+    example = {"image": torch.zeros(3, 32, 32, dtype=torch.uint8), "boxes": boxes}
+    lines = (np.asarray(contact_sheet([example]))[:128, :128] == (255, 0, 255)).all(-1)
+    rows, columns = lines.any(1).nonzero()[0], lines.any(0).nonzero()[0]
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (34, 127, 22, 80)
+    assert lines.sum() == 2 * (94 + 59) - 4  # one pixel wide, nothing inside
 
 
 def test_contact_sheet_of_arrays_and_classes() -> None:

@@ -152,6 +152,9 @@ def contact_sheet(
     cell = max(p.width for p in shown)
     factor = max(1, 128 // cell)
     shown = [p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST) for p in shown]
+    for picture, item in zip(shown, images, strict=True):
+        if isinstance(item, dict):
+            _outline(picture, item.get("boxes", ()))
     cell = max(p.width for p in shown)
     font = ImageFont.load_default(11)
     lines = [textwrap.wrap(w, max(8, cell * 10 // 58))[:4] for w in words]
@@ -182,10 +185,14 @@ def _words(item: Any, class_names: Sequence[str]) -> str:
 
 
 def _example_picture(example: dict[str, Any], pixels: PixelFormat | None) -> Image.Image:
-    picture = to_picture(preview(example["image"].permute(1, 2, 0).numpy(), pixels)).convert("RGB")
-    if len(example.get("boxes", ())):
-        draw = ImageDraw.Draw(picture)
-        for _, x0, y0, x1, y1 in example["boxes"].tolist():
-            corners = (x0 * picture.width, y0 * picture.height, x1 * picture.width - 1, y1 * picture.height - 1)
-            draw.rectangle(corners, outline=(255, 0, 255))
-    return picture
+    return to_picture(preview(example["image"].permute(1, 2, 0).numpy(), pixels)).convert("RGB")
+
+
+def _outline(picture: Image.Image, boxes: Any) -> None:
+    """Draws (class, x0, y0, x1, y1), of the picture's sides, as lines whose outer edge is the box: after a picture is
+    enlarged, because its own pixels may be coarser than the boxes."""
+    draw = ImageDraw.Draw(picture)
+    for _, x0, y0, x1, y1 in boxes.tolist() if len(boxes) else ():
+        left, top = round(x0 * picture.width), round(y0 * picture.height)
+        right, bottom = round(x1 * picture.width) - 1, round(y1 * picture.height) - 1
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=(255, 0, 255))
