@@ -4,13 +4,14 @@ also made consistent with the small picture.
 
     python benchmarks/upscaling_table.py --data HELD-OUT [--model [NAME=]MODEL ...] [--regression FOLDER]
                                          [--output runs/upscaling-table] [--size 128x128] [--count N] [--steps N]
-                                         [--pictures 8] [--speed] [--threads 1]
+                                         [--pictures 8] [--degradation-of NAME] [--speed] [--threads 1]
 
 HELD-OUT: a tar or folder, such as clothing-128-val.tar (128x128) or camvid-256x192-test.tar (--size 256x192).
 Every row has the same pictures, made smaller in the same way, and the same network looks at it; its record is
 OUTPUT/ROW/scores.json, and what was interrupted goes on. `consistency` is the root mean square difference, in levels of
 255, between the small picture and the row's picture made smaller again. OUTPUT/pictures.png shows the first pictures:
 the small one, all rows, the truth. Minutes are those of the training, where the model or network knows them.
+Models that were trained with different small pictures have no table in common, unless --degradation-of says whose.
 
 --speed adds what table 6 of the paper compares (f = 1 against f = 4 at equal parameters): training and sampling in
 samples per second of processor time, measured here in turns.
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--model", action="append", default=[], metavar="[NAME=]MODEL")
     parser.add_argument("--regression", type=Path)
+    parser.add_argument("--degradation-of", metavar="NAME", help="small pictures as in the training of this model")
     parser.add_argument("--output", type=Path, default=Path("runs/upscaling-table"))
     parser.add_argument("--size", default="128x128")
     parser.add_argument("--count", type=int)
@@ -79,7 +81,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> str:
     models = named_models(options.model)
-    table = Table(options, common_rule(models))
+    table = Table(options, common_rule(models, options.degradation_of))
     # of equal size, bicubic leaves the blurred picture as it is
     table.restored("bicubic" if table.rule.factor > 1 else "as it is", bicubic_by(table.rule.factor))
     if options.regression is not None:
@@ -111,15 +113,24 @@ def named_models(given: Sequence[str]) -> dict[str, LatentDiffusion]:
     return models
 
 
-def common_rule(models: dict[str, LatentDiffusion]) -> LowResolution:
-    """How small pictures are made: as for all models in training; bicubic by 4 without any."""
-    rules = [
-        trained_degradation(model, getattr(encoder_of(model.conditioner, "low_resolution"), "config", None))
-        for model in models.values()
-    ]
-    if any(rule != rules[0] for rule in rules):
-        raise DarkroomError("the models were trained with different small pictures; give each kind a table of its own")
-    return rules[0] if rules else LowResolution(4)
+def common_rule(models: dict[str, LatentDiffusion], chosen: str | None = None) -> LowResolution:
+    """How small pictures are made: as for all models in training, or for the chosen one; bicubic by 4 without any."""
+    rules = {
+        name: trained_degradation(model, getattr(encoder_of(model.conditioner, "low_resolution"), "config", None))
+        for name, model in models.items()
+    }
+    if chosen is not None:
+        if chosen not in rules:
+            raise DarkroomError(f"--degradation-of {chosen}: no such model; give one of {', '.join(rules) or 'none'}")
+        if any(rule.factor != rules[chosen].factor for rule in rules.values()):
+            raise DarkroomError("the models enlarge by different factors; give each a table of its own")
+        return rules[chosen]
+    if len(set(rules.values())) > 1:
+        raise DarkroomError(
+            "the models were trained with different small pictures; give each kind a table of its own, or say "
+            "--degradation-of NAME"
+        )
+    return next(iter(rules.values()), LowResolution(4))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from darkroom.data.degradations import LowResolution
 from darkroom.data.sources import DataConfig
 from darkroom.errors import DarkroomError
 from darkroom.evaluation.protocol import read_record
+from darkroom.latent_diffusion import LatentDiffusion
 from darkroom.networks.unet import UNetConfig
 from darkroom.training.recipe import find_recipe, read_recipe, resolve
 from darkroom.upscaling import Upscaler, UpscaleSettings
@@ -67,6 +68,25 @@ def test_the_regression_network_takes_any_size(size: tuple[int, int]) -> None:
     torch.testing.assert_close(image, bicubic_by(4)(small))  # untrained it is bicubic: its last layer is zero
 
 
+def test_the_small_pictures_of_a_table_are_those_of_all_models_or_of_the_named_one() -> None:
+    from upscaling_table import common_rule
+
+    made: dict[str, LatentDiffusion] = {}
+    for name, rule in {"clean": {"factor": 4}, "blind": {"factor": 4, "pipeline": "bsr-light"}}.items():
+        made[name] = make_model("low_resolution", low_resolution={"noise_levels": 0})
+        made[name].info |= {"data": {"low_resolution": rule}}
+    assert common_rule({}) == LowResolution(4)
+    assert common_rule({"blind": made["blind"]}) == LowResolution(4, pipeline="bsr-light")
+    assert common_rule(made, "blind").pipeline == "bsr-light" and common_rule(made, "clean").pipeline == "bicubic"
+    with pytest.raises(DarkroomError, match="small pictures; give each kind a table of its own, or say --degr"):
+        common_rule(made)
+    with pytest.raises(DarkroomError, match="absent: no such model; give one of clean, blind"):
+        common_rule(made, "absent")
+    made["twice"] = make_model("low_resolution", low_resolution={"noise_levels": 0, "factor": 2})
+    with pytest.raises(DarkroomError, match="different factors"):
+        common_rule(made, "blind")
+
+
 @pytest.mark.slow
 def test_the_baseline_and_the_table(tmp_path: Path) -> None:
     """Both commands for a few steps: trained, resumed, scored, with a record for each row. Half a minute."""
@@ -90,6 +110,7 @@ def test_the_baseline_and_the_table(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     options: dict[str, Any] = {"data": ["shapes"], "model": [f"ours={tmp_path / 'model'}"], "steps": 1, "count": 4}
     options |= {"regression": tmp_path / "regression", "output": tmp_path / "table", "size": "32x32", "pictures": 2}
+    options["degradation_of"] = None
     text = run(argparse.Namespace(**options, speed=True, batch_size=2, threads=1))
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert rows == ["", "---", "bicubic", "L1 regression", "ours", "ours, consistent"]
