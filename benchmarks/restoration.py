@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.data.batches import collate
+from darkroom.data.degradations import LowResolution
 from darkroom.data.derived import DerivedDataset
 from darkroom.data.latent_cache import module_hash
 from darkroom.data.resizing import bicubic
@@ -39,6 +40,11 @@ from darkroom.upscaling.consistency import consistent, smaller
 CONSISTENCY = "consistency"
 EIGHT_BITS = PixelFormat()
 Restore = Callable[[Tensor], Tensor]  # small (B, 3, h, w) in [-1, 1] -> image (B, 3, H, W), about [-1, 1]
+
+
+def is_plain(rule: LowResolution | None) -> bool:
+    """Whether small pictures are the images made smaller and nothing else."""
+    return rule is not None and rule.pipeline == "bicubic" and rule.factor > 1 and rule.blur_range == (0, 0)
 
 
 def bicubic_by(factor: int) -> Restore:
@@ -114,8 +120,10 @@ class RestorationEvaluation(Evaluation):
         maker: nn.Module | None = None,
     ) -> None:
         distance, _ = default_extractors(torch.device("cpu"))
-        source.checks = [pair_check(dataset, distance), consistency_check]
-        self._given, self._maker = source, maker
+        source.checks = [pair_check(dataset, distance)]
+        if is_plain(dataset.config.low_resolution):  # else pictures made smaller say nothing of the damage
+            source.checks.append(consistency_check)
+        self._given, self._maker, self._made = source, maker, dataset.made
         super().__init__(request, name, folder, World(), None, model, dataset)
         self.networks[distance.name] = Extraction(distance.name, distance.weights, "none")
 
@@ -128,7 +136,8 @@ class RestorationEvaluation(Evaluation):
     @cached_property
     def settings(self) -> dict[str, Any]:
         made = "formula" if self._maker is None else module_hash(self._maker)
-        return super().settings | {"restored by": made, "corrected": isinstance(self._given, Consistent)}
+        own = {"restored by": made, "corrected": isinstance(self._given, Consistent), "small pictures": self._made}
+        return super().settings | own
 
 
 def tile(image: Tensor) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Super-resolution and deblurring against their baselines, each number with its protocol record: bicubic (where sizes
-are equal the blurred picture as it is), the L1 regression network of equal size (regression_baseline.py), and models,
-also made consistent with the small picture.
+are equal the blurred picture as it is), for super-resolution the L1 regression network of equal size
+(regression_baseline.py), and models, by plain bicubic also made consistent with the small picture.
 
     python benchmarks/upscaling_table.py --data HELD-OUT [--model [NAME=]MODEL ...] [--regression FOLDER]
                                          [--output runs/upscaling-table] [--size 128x128] [--count N] [--steps N]
@@ -8,10 +8,11 @@ also made consistent with the small picture.
 
 HELD-OUT: a tar or folder, such as clothing-128-val.tar (128x128) or camvid-256x192-test.tar (--size 256x192).
 Every row has the same pictures, made smaller in the same way, and the same network looks at it; its record is
-OUTPUT/ROW/scores.json, and what was interrupted goes on. `consistency` is the root mean square difference, in levels of
-255, between the small picture and the row's picture made smaller again. OUTPUT/pictures.png shows the first pictures:
-the small one, all rows, the truth. Minutes are those of the training, where the model or network knows them.
-Models that were trained with different small pictures have no table in common, unless --degradation-of says whose.
+OUTPUT/ROW/scores.json, and what was interrupted goes on. `consistency`, where small pictures are made by bicubic alone,
+is the root mean square difference, in levels of 255, between them and the row's picture made smaller again.
+OUTPUT/pictures.png shows the first pictures: the small one, all rows, the truth. Minutes are those of the training,
+where the model or network knows them. Models that were trained with different small pictures have no table in common,
+unless --degradation-of says whose.
 
 --speed adds what table 6 of the paper compares (f = 1 against f = 4 at equal parameters): training and sampling in
 samples per second of processor time, measured here in turns.
@@ -31,7 +32,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from regression_baseline import load_regression
-from restoration import CONSISTENCY, Consistent, RestorationEvaluation, Restore, Restored, bicubic_by, speeds, tile
+from restoration import (
+    CONSISTENCY,
+    Consistent,
+    RestorationEvaluation,
+    Restore,
+    Restored,
+    bicubic_by,
+    is_plain,
+    speeds,
+    tile,
+)
 
 from darkroom.conditioning.requests import encoder_of
 from darkroom.data.degradations import LowResolution
@@ -86,10 +97,15 @@ def run(options: argparse.Namespace) -> str:
     table.restored("bicubic" if table.rule.factor > 1 else "as it is", bicubic_by(table.rule.factor))
     if options.regression is not None:
         regression, facts = load_regression(options.regression)
+        if facts["factor"] != table.rule.factor:
+            raise DarkroomError(
+                f"{options.regression} enlarges by {facts['factor']}, and these small pictures are {table.rule.factor} "
+                "times smaller; leave --regression out, or train one for them"
+            )
         table.restored("L1 regression", regression.requires_grad_(False), regression, facts["minutes"])
     for name, model in models.items():
         table.generated(name, model, GeneratedPictures)
-        if table.rule.pipeline == "bicubic" and table.rule.factor > 1 and not table.rule.blur:
+        if is_plain(table.rule):
             table.generated(f"{name}, consistent", model, Consistent)
     if options.pictures:
         write_image(table.pictures(options.pictures), options.output / "pictures.png")
@@ -115,16 +131,17 @@ def named_models(given: Sequence[str]) -> dict[str, LatentDiffusion]:
 
 def common_rule(models: dict[str, LatentDiffusion], chosen: str | None = None) -> LowResolution:
     """How small pictures are made: as for all models in training, or for the chosen one; bicubic by 4 without any."""
-    rules = {
-        name: trained_degradation(model, getattr(encoder_of(model.conditioner, "low_resolution"), "config", None))
-        for name, model in models.items()
+    configs = {
+        name: getattr(encoder_of(model.conditioner, "low_resolution"), "config", None) for name, model in models.items()
     }
     if chosen is not None:
-        if chosen not in rules:
-            raise DarkroomError(f"--degradation-of {chosen}: no such model; give one of {', '.join(rules) or 'none'}")
-        if any(rule.factor != rules[chosen].factor for rule in rules.values()):
+        if chosen not in models:
+            known = f"give one of {', '.join(models)}" if models else "name a model with --model"
+            raise DarkroomError(f"--degradation-of {chosen}: no such model; {known}")
+        if len({getattr(config, "factor", None) for config in configs.values()}) > 1:
             raise DarkroomError("the models enlarge by different factors; give each a table of its own")
-        return rules[chosen]
+        return trained_degradation(models[chosen], configs[chosen])
+    rules = {name: trained_degradation(model, configs[name]) for name, model in models.items()}
     if len(set(rules.values())) > 1:
         raise DarkroomError(
             "the models were trained with different small pictures; give each kind a table of its own, or say "
@@ -238,6 +255,7 @@ class Table:
         size = "x".join(map(str, self.dataset.size))
         factor = self.rule.factor
         rule = f"made {factor} times smaller by {self.rule.pipeline}" if factor > 1 else "of equal size"
+        rule += f", damaged by {self.rule.pipeline}" if factor == 1 and self.rule.pipeline != "bicubic" else ""
         rule += f", blur {self.rule.blur}" if self.rule.blur else ""
         return f"{shown}, {size}, {rule}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

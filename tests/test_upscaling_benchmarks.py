@@ -82,6 +82,8 @@ def test_the_small_pictures_of_a_table_are_those_of_all_models_or_of_the_named_o
         common_rule(made)
     with pytest.raises(DarkroomError, match="absent: no such model; give one of clean, blind"):
         common_rule(made, "absent")
+    with pytest.raises(DarkroomError, match="name a model with --model"):
+        common_rule({}, "absent")
     made["twice"] = make_model("low_resolution", low_resolution={"noise_levels": 0, "factor": 2})
     with pytest.raises(DarkroomError, match="different factors"):
         common_rule(made, "blind")
@@ -122,6 +124,43 @@ def test_the_baseline_and_the_table(tmp_path: Path) -> None:
     assert found["ours, consistent"]["scores"]["consistency"] < 0.5 < found["ours"]["scores"]["consistency"]
     assert found["bicubic"]["parameters"] == 0 < found["L1 regression"]["parameters"]
     assert (tmp_path / "table" / "pictures.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_table_of_other_degradations(tmp_path: Path) -> None:
+    """Blurred pictures of equal size, and a model on the small pictures of another one. A quarter of a minute."""
+    from regression_baseline import Regression, save_regression
+    from upscaling_table import run
+
+    for name, factor, rule in (
+        ("sharpens", 1, {"factor": 1, "blur": 2.0}),
+        ("clean", 4, {"factor": 4}),
+        ("blind", 4, {"factor": 4, "pipeline": "bsr-light"}),
+    ):
+        made = make_model("low_resolution", low_resolution={"noise_levels": 0, "factor": factor})
+        made.info |= {"data": {"low_resolution": rule}}
+        made.save(tmp_path / name)
+    options: dict[str, Any] = {"data": ["shapes"], "steps": 1, "count": 3, "size": "32x32", "pictures": 2}
+    options |= {"speed": False, "batch_size": 2, "threads": 1, "regression": None, "degradation_of": None}
+
+    def table(output: str, *models: str, **changed: Any) -> str:
+        places = [f"{name}={tmp_path / name}" for name in models]
+        return run(argparse.Namespace(**options | {"model": places, "output": tmp_path / output} | changed))
+
+    blurred = table("blurred", "sharpens")
+    rows = [line.split("|")[1].strip() for line in blurred.splitlines() if line.startswith("| ")]
+    assert rows == ["", "---", "as it is", "sharpens"] and "of equal size, blur 2.0" in blurred
+    assert "consistency" not in blurred  # of a blurred picture it would be best to leave it as it is
+    with pytest.raises(DarkroomError, match="different small pictures"):
+        table("both", "clean", "blind")
+    text = table("both", "clean", "blind", degradation_of="blind")
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["", "---", "bicubic", "clean", "blind"] and "4 times smaller by bsr-light" in text
+    with pytest.raises(DarkroomError, match="begun with other settings"):  # its pictures were damaged otherwise
+        table("both", "clean", "blind", degradation_of="clean")
+    save_regression(Regression(NETWORK, 4), tmp_path / "regression", {"minutes": 1.0})
+    with pytest.raises(DarkroomError, match="enlarges by 4, and these small pictures are 1 times smaller"):
+        table("with", "sharpens", regression=tmp_path / "regression")
 
 
 @pytest.mark.slow

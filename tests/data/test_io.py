@@ -84,13 +84,16 @@ def test_contact_sheet_shows_what_the_network_sees() -> None:
 
 
 def test_boxes_are_outlined_to_the_pixel_of_the_enlarged_picture() -> None:
-    """Edges at 3/8 of a small picture's pixel, which is shown as four."""
-    boxes = torch.tensor([[0.0, 5.375 / 32, 8.5 / 32, 20.25 / 32, 1.0]])
+    """Edges within a small picture's pixels, each of which is shown as four by four."""
+    boxes = torch.tensor([[0.0, 5.5 / 32, 8.5 / 32, 20.25 / 32, 1.0]])
     example = {"image": torch.zeros(3, 32, 32, dtype=torch.uint8), "boxes": boxes}
     lines = (np.asarray(contact_sheet([example]))[:128, :128] == (255, 0, 255)).all(-1)
     rows, columns = lines.any(1).nonzero()[0], lines.any(0).nonzero()[0]
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (34, 127, 22, 80)
     assert lines.sum() == 2 * (94 + 59) - 4  # one pixel wide, nothing inside
+    for sliver in ([0.0, 0.998, 0.2, 1.0, 0.6], [0.0, 0.0, 0.2, 0.002, 0.6], [0.0, 0.2, 0.999, 0.6, 1.0]):
+        thin = contact_sheet([example | {"boxes": torch.tensor([sliver])}])
+        assert (np.asarray(thin)[:128, :128] == (255, 0, 255)).all(-1).sum() == 51
 
 
 def test_contact_sheet_of_arrays_and_classes() -> None:

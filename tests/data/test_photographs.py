@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms
 
 from darkroom.data.image_files import image_bytes, read_text
@@ -15,6 +16,7 @@ from darkroom.data.photographs import Photograph, photograph_bytes, read_photogr
 from darkroom.errors import DarkroomError
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GREY_PROFILE = RGB_PROFILE[:16] + b"GRAY" + RGB_PROFILE[20:]
 
 
 def numbers(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
@@ -47,17 +49,31 @@ def test_colour_profiles_go_along(kind: str, tmp_path: Path) -> None:
         assert picture.info["icc_profile"] == RGB_PROFILE and picture.info["note"] == "x"
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("opacity", [False, True])
-def test_colour_profiles_in_tiff_come_back(dtype: Any, opacity: bool, tmp_path: Path) -> None:
-    """Also of 16-bit colour, which Pillow does not read."""
-    values = numbers((5, 6, 4), dtype)
-    photo = Photograph(values[..., :3], values[..., 3:] if opacity else None, RGB_PROFILE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_profiles_in_tiff_come_back(dtype: Any, opacity: bool, channels: int, tmp_path: Path) -> None:
+    """Also of floating-point colour and 16-bit grey with opacity, which Pillow does not open."""
+    values = (np.random.default_rng(0).random((5, 6, 4)) * 250).astype(dtype)
+    profile = RGB_PROFILE if channels == 3 else GREY_PROFILE
+    photo = Photograph(values[..., :channels], values[..., 3:] if opacity else None, profile)
     save_photograph(tmp_path / "a.tif", photo, {"Title": "t"})
     back = read_photograph(tmp_path / "a.tif")
-    assert back.profile == RGB_PROFILE and np.array_equal(back.values, photo.values) and back.values.dtype == dtype
+    assert back.profile == profile and np.array_equal(back.values, photo.values) and back.values.dtype == dtype
+    assert (back.alpha is None) == (photo.alpha is None)
+    assert back.alpha is None or np.array_equal(back.alpha, photo.alpha)  # type: ignore[arg-type]
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:  # a profile of colours beside what is said to be colours
+        assert file.pages[0].photometric == (2 if channels == 3 else 1)  # type: ignore[union-attr]
     save_photograph(tmp_path / "b.tif", Photograph(photo.values))
     assert read_photograph(tmp_path / "b.tif").profile is None
+
+
+@pytest.mark.parametrize("tag", [(34675, 4, 1, 300_000_000), (34675, 3, 2, (700, 800)), (34675, 2, 4, "abc")])
+def test_numbers_and_words_are_no_profile(tag: Any, tmp_path: Path) -> None:
+    values = numbers((5, 6, 3)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", metadata=None, extratags=[(*tag, True)])
+    photo = read_photograph(tmp_path / "a.tif")
+    assert photo.profile is None and np.array_equal(photo.values, values)
 
 
 def test_profiles_of_other_colours_are_left_behind(tmp_path: Path) -> None:

@@ -173,23 +173,6 @@ def test_the_grain_that_images_lack_is_found(kind: str, share: float, monkeypatc
     assert float(both[0].mean()) == pytest.approx(share**2 * float(both[1].mean()), rel=0.1)
 
 
-def test_what_features_may_not_tell_the_constant_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under any ridge the grain has the roughness that lacks: if weights are held at 0, as one variance everywhere."""
-    torch.manual_seed(0)
-    autoencoder = build_first_stage(CONFIG | {"output_grain": True}).trainable.eval()
-    latents = list(torch.randn(6, 4, 2, 48, 48))
-    with torch.no_grad():
-        images = [autoencoder.decode_mean(z) + 0.1 * fine_noise().repeat(1, 1, 2, 2)[..., :96, :96] for z in latents]
-    given = iter(latents)
-    monkeypatch.setattr(autoencoder, "encode", lambda _: Posterior(next(given)))
-    monkeypatch.setattr("darkroom.first_stage.grain.RIDGE", 1e6)
-    fit_output_grain(autoencoder, images)
-    grain = autoencoder.decoder.grain
-    assert grain is not None and grain.variance.bias is not None
-    assert float(grain.variance.weight.detach().abs().max()) < 1e-4
-    assert UNIT * float(grain.variance.bias.detach()) == pytest.approx(0.1**2, rel=0.1)
-
-
 def test_grain_that_cannot_be_measured_is_one_line() -> None:
     with_it = build_first_stage(CONFIG | {"output_grain": True}).trainable
     image = torch.zeros(1, 3, 16, 16)

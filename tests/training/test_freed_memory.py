@@ -59,10 +59,11 @@ def test_other_systems_say_no(error: type[Exception], monkeypatch: pytest.Monkey
     assert not freed_memory.keep_freed_memory()
 
 
-def test_the_benchmark_times_training_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    from freed_memory import ROWS, measure
-
-    recipe, channels, _ = ROWS["clothing-inpaint, 8 x 32x32"]
-    found = measure(recipe, channels, 8, steps=1, threads=1)
-    assert 0 < found["seconds"] < 600 and found["kernel"] >= 0 and 0 < found["peak"] < 64
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere peak memory has another unit")
+def test_the_benchmark_times_training_steps() -> None:
+    """What it starts for each measurement; in a process of its own, since it sets threads and seed."""
+    program = Path(__file__).parents[2] / "benchmarks" / "freed_memory.py"
+    command = [sys.executable, str(program), "--row", "clothing-inpaint, 8 x 32x32", "--steps", "1"]
+    known = os.environ | {"PYTHONPATH": str(Path(freed_memory.__file__).parents[2])}
+    found = json.loads(subprocess.run(command, env=known, check=True, capture_output=True, text=True).stdout)
+    assert 0 < found["seconds"] < 600 and found["kernel"] >= 0 and 0.05 < found["peak"] < 64

@@ -214,10 +214,12 @@ def _read_tiff(data: bytes, channels: int | None) -> Samples:
 
 
 def tiff_facts(data: bytes) -> tuple[bytes | None, int]:
-    """ICC profile and number of pages of a TIFF, also of the kinds that Pillow does not read, such as 16-bit colour."""
+    """ICC profile and number of pages of a TIFF, also of the kinds that Pillow does not open, such as floating-point
+    colour or 16-bit grey with opacity."""
     with _library("tifffile", "this kind of TIFF").TiffFile(io.BytesIO(data)) as file:
-        found = file.pages[0].tags.get(_ICC_PROFILE)
-        return (None if found is None else bytes(found.value)), len(file.pages)
+        tag = file.pages[0].tags.get(_ICC_PROFILE)
+        found = None if tag is None else tag.value
+        return (found if isinstance(found, bytes) else None), len(file.pages)  # numbers are no profile
 
 
 def _tiff_by_pillow(data: bytes, channels: int | None) -> Samples | None:
@@ -405,7 +407,7 @@ def _tiff_bytes(values: np.ndarray, text: Mapping[str, str] | None, alpha: bool 
     buffer = io.BytesIO()
     channels, whole = values.shape[2], values.dtype != np.float32
     opacity = channels in (2, 4) and (whole and channels == 4 if alpha is None else alpha)
-    rgb = channels - opacity == 3 and (whole or opacity)
+    rgb = channels - opacity == 3 and (whole or opacity or (profile is not None and profile[16:20] == b"RGB "))
     tifffile.imwrite(
         buffer,
         values[..., 0] if channels == 1 else values,

@@ -193,6 +193,7 @@ def _outline(picture: Image.Image, boxes: Any) -> None:
     enlarged, because its own pixels may be coarser than the boxes."""
     draw = ImageDraw.Draw(picture)
     for _, x0, y0, x1, y1 in boxes.tolist() if len(boxes) else ():
-        left, top = round(x0 * picture.width), round(y0 * picture.height)
+        left = min(round(x0 * picture.width), picture.width - 1)
+        top = min(round(y0 * picture.height), picture.height - 1)
         right, bottom = round(x1 * picture.width) - 1, round(y1 * picture.height) - 1
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=(255, 0, 255))

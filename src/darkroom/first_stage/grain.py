@@ -145,7 +145,6 @@ def fit_output_grain(autoencoder: Autoencoder, images: Iterable[Tensor], share: 
     if not count:
         raise DarkroomError("no images to measure their grain on: give at least one batch")
     ridge = RIDGE * normal.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    ridge[-1, -1] = 0.0  # the constant stays free: what a ridge takes from the weights it gives back, in sum
     solution = share**2 * torch.linalg.solve(normal + ridge, target)
     assert grain.variance.bias is not None
     grain.variance.weight.copy_((solution[:-1] / 9).view(1, -1, 1, 1).expand_as(grain.variance.weight))
