@@ -22,14 +22,15 @@ _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
-def png_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The text chunks of one generated image: its `Result.settings` entry as two texts by keyword."""
+def png_text(settings: Mapping[str, Any], size: tuple[int, int] | None = None) -> dict[str, str]:
+    """The text chunks of one generated image: its `Result.settings` entry as two texts by keyword. size: (width,
+    height) of the picture where it is not what the model was asked for."""
     record = json.dumps({"format": RECORD_FORMAT, **settings}, separators=(",", ":"))
-    return {PARAMETERS: format_parameters(settings), RECORD: record}
+    return {PARAMETERS: format_parameters(settings, size), RECORD: record}
 
 
-def format_parameters(settings: Mapping[str, Any]) -> str:
-    """One image's settings as the `parameters` text."""
+def format_parameters(settings: Mapping[str, Any], size: tuple[int, int] | None = None) -> str:
+    """One image's settings as the `parameters` text; size as in `png_text`."""
     request, index = settings["request"], settings.get("index")
 
     def own(name: str) -> Any:
@@ -39,7 +40,7 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
     lines = [_words(own("prompts") or "")]
     if request.get("negative_prompt"):
         lines.append(f"{_NEGATIVE} {_words(request['negative_prompt'])}")
-    width, height = request.get("size") or (None, None)
+    width, height = size or request.get("size") or (None, None)
     model = settings.get("model") or {}
     pairs = {
         "Steps": request.get("steps"),

@@ -62,6 +62,7 @@ def test_a_photo_and_its_mask(run: Run, model: str) -> None:
     assert info["icc_profile"] == PROFILE
     record = json.loads(info["darkroom"])
     assert record["request"]["seeds"] == [5] and record["edit"]["input_size"] == [50, 40]
+    assert "Size: 50x40" in info["parameters"]  # of the picture, whatever the model was shown of it
     assert record["model"]["name"] == "tiny-inpaint" and "source" not in record["model"]  # an absolute path
     assert str(Path.cwd()) not in str(info)
     first = Path(out.strip()).read_bytes()
@@ -78,6 +79,8 @@ def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> No
     Path("out.png").write_bytes(b"mine")
     command = ("edit", "a.png", "-m", model, "--mask", "m.png")
     assert "out.png is there already" in refused(*command, "-o", "out.png")
+    write_mask("small.png", 9, 9)
+    assert "small.png: " in refused(*command[:-1], "small.png", "-o", "out.png")  # the mistake is told first
     assert Path("out.png").read_bytes() == b"mine"
     for name in ("a.png", "m.png"):
         before = Path(name).read_bytes()

@@ -49,7 +49,8 @@ def test_a_photo_beside_which_the_result_is_written(run: Run, model: str) -> Non
     assert record["request"]["seeds"] == [5] and record["request"]["steps"] == 2
     assert record["upscale"]["factor"] == 4 and record["upscale"]["input_size"] == [14, 9]
     assert record["model"]["name"] == "tiny-sr" and "source" not in record["model"]  # an absolute path
-    assert "Steps: 2" in picture.info["parameters"] and str(Path.cwd()) not in str(picture.info)
+    assert "Steps: 2" in picture.info["parameters"] and "Size: 56x36" in picture.info["parameters"]
+    assert str(Path.cwd()) not in str(picture.info)
     first = Path(out.strip()).read_bytes()
     run("upscale", "pictures/photo.jpg", "-m", model, "--seed", 5, "--steps", 2, "--overwrite")
     assert Path(out.strip()).read_bytes() == first
@@ -57,6 +58,12 @@ def test_a_photo_beside_which_the_result_is_written(run: Run, model: str) -> Non
     assert status == 0 and "only .png and .tif keep the colour profile of pictures/photo.jpg" in error
     told = run("info", out.strip())[1]
     assert "made by darkroom upscale: repeat that command" in told and "input size: [14, 9]" in told
+
+
+def test_a_recipe_is_no_model(refused: Refused) -> None:
+    Image.fromarray(numbers((8, 8, 3))).save("a.png")
+    told = refused("upscale", "a.png", "-m", "clothing-deblur")
+    assert "it is a recipe; darkroom train clothing-deblur --data FOLDER makes a model of it" in told
 
 
 def test_what_is_there_is_not_lost(run: Run, refused: Refused, model: str) -> None:

@@ -111,7 +111,7 @@ def test_the_order_and_the_number_at_a_time_make_no_difference(bound: Any) -> No
     for seed in range(3):
         random.Random(seed).shuffle(other)
         assert torch.equal(first, WindowedDenoise(guided, other, 1)(x, level))
-    torch.testing.assert_close(first, WindowedDenoise(guided, windows, 4)(x, level), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(first, WindowedDenoise(guided, windows, 4)(x, level), atol=5e-5, rtol=1e-5)
     assert not torch.allclose(first, guided(x, level), atol=1e-3)  # the windows do disagree
 
 
@@ -123,7 +123,7 @@ def test_windows_are_the_weighted_mean_of_separate_pictures(bound: Any) -> None:
     for w in windows:
         cut = guided.mapped(lambda c, w=w: Conditioning(concat=w.of(c.concat)))
         w.of(total[0]).add_(cut(w.of(x), level)[0].double() * w.weight)
-    torch.testing.assert_close(WindowedDenoise(guided, windows, 2)(x, level), total.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(WindowedDenoise(guided, windows, 2)(x, level), total.float(), atol=5e-5, rtol=1e-5)
 
 
 def test_guides_have_no_windows(bound: Any) -> None:

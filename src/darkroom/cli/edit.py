@@ -107,8 +107,6 @@ def edit(
         jobs = [job for job in todo if job.outputs]
         if len(jobs) < len(todo):
             note_done(len(todo) - len(jobs), len(todo))
-    elif there := [path for path in jobs[0].outputs.values() if path.exists() and not overwrite]:
-        refuse_there(there[0])
     if not jobs:
         return
     for job in jobs:
@@ -205,8 +203,6 @@ def _read(job: Job, settings: EditSettings, read: Sequence[Path], overwrite: boo
     outputs = {seed: fitted_output(path, job.named, photo) for seed, path in job.outputs.items()}
     files = [file for path in outputs.values() for file in files_of(path)]
     check_origins([(file, job.photo) for file in files], read, "the photo or the mask")
-    if there := [file for file in files if file.exists() and not overwrite]:
-        refuse_there(there[0])
     mask = None if job.mask is None else read_mask(job.mask)
     if mask is not None:
         try:
@@ -214,6 +210,8 @@ def _read(job: Job, settings: EditSettings, read: Sequence[Path], overwrite: boo
             check_hole(expanded(photo.values, hole, settings.expand)[1])
         except DarkroomError as error:
             raise DarkroomError(f"{job.mask}: {error}") from None
+    if there := [file for file in files if file.exists() and not overwrite]:
+        refuse_there(there[0])
     note_frames(job.photo, photo)
     return Ready(photo, mask, outputs)
 
@@ -248,7 +246,7 @@ def _make(editor: Editor, job: Job, ready: Ready, settings: EditSettings, source
         if source:
             record["model"]["source"] = source
         edited = replace(photo, values=image, alpha=_alpha(photo, result, settings))
-        save_photograph(path, edited, png_text(record))
+        save_photograph(path, edited, png_text(record, (image.shape[1], image.shape[0])))
     note_profile(job.photo, photo, written)
     if result.mask is None and result.images[0].shape != photo.values.shape:
         height, width = result.images[0].shape[:2]

@@ -164,7 +164,8 @@ def _make(upscaler: Upscaler, job: Job, photo: Photograph, path: Path, settings:
     if source:
         record["model"]["source"] = source
     alpha = None if photo.alpha is None else resized_alpha(photo.alpha, result.image.shape[:2])
-    save_photograph(path, replace(photo, values=result.image, alpha=alpha), png_text(record))
+    height, width = result.image.shape[:2]
+    save_photograph(path, replace(photo, values=result.image, alpha=alpha), png_text(record, (width, height)))
     note_profile(job.photo, photo, [path])
     if result.difference is not None and result.difference >= 0.5:
         click.echo(

@@ -187,7 +187,10 @@ class Upscaler:
 
     def _check_consistency(self) -> None:
         if self.factor == 1:
-            raise DarkroomError("this model sharpens pictures of the same size: there is nothing to be consistent with")
+            raise DarkroomError(
+                "this model sharpens pictures of the same size, which leaves nothing to be consistent with; leave "
+                "consistency out"
+            )
         if self.damage is not None:
             raise DarkroomError(
                 f"this model was trained to undo damage ({self.damage}), which consistency would keep; leave it out, "
