@@ -90,7 +90,7 @@ def test_interrupt_and_other_endings() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_ctrl_c_while_torch_is_at_work() -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)  # a shell in the background may ignore it
     heard = (
         "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
     )
