@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from darkroom.data.latent_cache import module_hash
 from darkroom.data.masks import RandomMask
 from darkroom.data.sources import DataConfig, ImageDataset, open_dataset
 from darkroom.editing import Editor, EditSettings
+from darkroom.errors import DarkroomError
 from darkroom.evaluation.checks import pair_check
 from darkroom.evaluation.environment import environment
 from darkroom.evaluation.extractors import PerceptualDistance, default_extractors, open_extractor
@@ -336,4 +338,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DarkroomError as problem:
+        print(f"inpainting_table: {problem}", file=sys.stderr)
+        sys.exit(2)
