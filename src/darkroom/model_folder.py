@@ -42,7 +42,6 @@ PARTS = {
 OPTIONAL_PARTS = {"latent_diffusion": ("first_stage", "preview"), "first_stage": ("preview",)}
 
 BUNDLED = Path(__file__).parent / "bundled"
-RECIPES = Path(__file__).parent / "recipes" / "small"  # whose names are easily taken for those of models
 
 
 def bundled() -> list[str]:
@@ -74,11 +73,6 @@ def find_source(source: str | Path) -> Path:
             return path / "model" if is_model_folder(path / "model") else path
         if str(source) in bundled():
             return BUNDLED / str(source)
-        if (RECIPES / f"{source}.yaml").is_file():
-            raise DarkroomError(
-                f"no model {str(source)!r}: it is a recipe; darkroom train {source} --data FOLDER makes a model of it, "
-                f"in runs/{source}, and -m takes that folder"
-            )
         close = difflib.get_close_matches(str(source), bundled(), n=1)
         names = f'did you mean "{close[0]}"?' if close else f"bundled models: {', '.join(bundled()) or 'none'}"
         raise DarkroomError(f"no model {str(source)!r}: no such file or folder, and no bundled model ({names})")

@@ -111,9 +111,8 @@ def edit(
         return
     for job in jobs:
         check_writable(next(iter(job.outputs.values())).parent)
-    first = (
-        None if many else _read(jobs[0], settings, read, overwrite)
-    )  # what is wrong is said before a model is loaded
+    # What is wrong is said before a model is loaded.
+    first = None if many else _read(jobs[0], settings, read, overwrite)
     needed = "it cannot repaint: give a whole model"
     editor = Editor(open_model(model, "edit", options["device"], options["threads"], needed))
     source = shareable(model or DEFAULT_MODEL)

@@ -31,10 +31,23 @@ def open_model(
     from darkroom.model_io import load
 
     name = name or DEFAULT_MODELS[command]
+    _check_no_recipe(name)
     model = load(name, device=device, adapters=adapters)
     if not isinstance(model, LatentDiffusion):
         raise DarkroomError(f"{name} is a first stage only; {first_stage_alone}")
     return model
+
+
+def _check_no_recipe(name: str) -> None:
+    """Docs name recipes beside models: raises DarkroomError for the name of one that is no model."""
+    from darkroom.model_folder import bundled
+    from darkroom.training.recipe import recipe_names
+
+    if name in recipe_names() and name not in bundled() and not Path(name).exists():
+        raise DarkroomError(
+            f"no model {name!r}: it is a recipe; darkroom train {name} --data FOLDER makes a model of it, in "
+            f"runs/{name}, and -m takes that folder"
+        )
 
 
 def shareable(model: str) -> str:
